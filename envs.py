@@ -1,0 +1,509 @@
+"""The worlds: gridworld-pinpad, its experts, and the exact bounds that every loss is compared with.
+
+Read this file first. It needs NumPy and gymnasium only. Bottom-up:
+
+  1. task sets      Table A1, Table A2 and our smaller "errands", written as in the paper; `World` holds one world's rules
+  2. the rules      sample_layouts, next_cell: A.1.1 as two small tables
+  3. GridWorlds     N worlds stepped at once, the ONE implementation of the rules
+  4. GridPinpad     the same as a gymnasium environment (a batch of one), with rendering
+  5. the expert     shortest paths by dynamic programming, the stochastic expert of C.1.1, labelled trajectories
+  6. exact bounds   Bayes-optimal and goal-known action NLL: what no sequence model can beat, and what a controller can reach
+
+Paper sections: A.1 (world), Tables A1-A2 (tasks), C.1.1 (experts), C.4.4 (clean experts for the metacontroller).
+
+Glossary (name -> meaning -> shape; N worlds, T steps, C = G*G cells, O colours, W walls, K = O+W+1 things)
+  things    cell of every colour, then of every wall          (N, O+W)   constant during an episode
+  agent     cell of the agent                                 (N,) or (N, T)
+  obs       things and agent side by side: "where is thing k" (..., K)   the observation in index form; see `one_hot`
+  contents  what lies in a cell: -1 nothing, 0..O-1 colour, O wall   (N, C)
+  dist      steps from a cell to a colour, avoiding the rest  (N, O, C)
+  target    the colour to visit next                          (N,)
+  progress  how many colours of the task are visited          (N,) or (N, T)
+  subgoal   index into World.subgoals, the abstract action in progress   (N, T)
+  segment   how many subgoals of the task are finished        (N, T)
+Cells are numbered row by row: cell = row * G + column. Actions: 0 up, 1 right, 2 down, 3 left.
+"""
+from dataclasses import dataclass
+
+import gymnasium as gym
+import numpy as np
+
+ACTIONS = ("up", "right", "down", "left")
+UNREACHABLE = 10_000  # larger than any path, small enough for int16 arithmetic
+
+# ------------------------------------------------------------------------------------------------ 1. task sets
+# A task is a sequence of colours. A subgoal is a run of colours that always appears whole: the paper's "abstract action".
+# Each entry: subgoals, pretraining tasks, post-training task. The post-training task is never demonstrated.
+
+TASK_SETS = {
+    # Table A1 and A.1.2: eight colours in four pairs. The transitions 01->23, 23->45 and 67->01 never occur in pretraining.
+    "pairs": (
+        "0-1 2-3 4-5 6-7",
+        "0-1-4-5-0-1 0-1-4-5-2-3 0-1-6-7-2-3 2-3-0-1-4-5 2-3-6-7-2-3 2-3-6-7-4-5 4-5-0-1-4-5 4-5-0-1-6-7 "
+        "4-5-2-3-6-7 6-7-2-3-0-1 6-7-2-3-6-7 6-7-4-5-0-1 0-1-6-7-4-5 2-3-0-1-6-7 4-5-2-3-0-1 6-7-4-5-2-3",
+        "0-1-2-3-4-5-6-7-0-1-2-3",
+    ),
+    # Table A2 and A.2.2: the ant's tasks. Every colour is a subgoal; 0->1, 1->2 and 2->3 never occur in pretraining.
+    "singles": (
+        "0 1 2 3",
+        "0-3-2 1-0-3 2-1-0 3-2-1 0-2-0 0-2-1 0-3-1 1-0-2 1-3-1 1-3-2 2-0-2 2-0-3 2-1-3 3-1-0 3-1-3 3-2-0",
+        "0-1-2-3",
+    ),
+    # NOT in paper: "fetch colour c, come home to 4". Four subgoals from five colours instead of eight, so that a small network
+    # learns it in minutes, yet a subgoal still spans two legs of which the second is determined by the first, as in Table A1.
+    # Fetch c is followed by fetch c+2 or c+3 (mod 4), so the post-training task consists of unseen transitions only.
+    "errands": (
+        "0-4 1-4 2-4 3-4",
+        " ".join(f"{a}-4-{(a + i) % 4}-4-{(a + i + j) % 4}-4" for a in range(4) for i in (2, 3) for j in (2, 3)),
+        "0-4-1-4-2-4-3-4",
+    ),
+    # For the `smoke` preset and the tests: learned in seconds. 0->2 and 2->1 never occur in pretraining.
+    "tiny": ("0 1 2", "0-1 1-2 2-0 0-1-2", "0-2-1"),
+}
+
+
+def parse_colours(text):
+    """'0-1-4' -> (0, 1, 4)."""
+    return tuple(int(colour) for colour in text.split("-"))
+
+
+@dataclass(frozen=True)
+class World:
+    """The rules of one gridworld-pinpad (A.1). Raises ValueError, in one sentence, if no such world can exist.
+
+    G: side of the grid; O: colours; W: walls; T: horizon in steps; task_set: a key of TASK_SETS.
+    """
+    G: int = 7
+    O: int = 8
+    W: int = 4
+    T: int = 100
+    task_set: str = "pairs"
+
+    def __post_init__(self):
+        if self.task_set not in TASK_SETS:
+            raise ValueError(f"unknown task set '{self.task_set}': choose one of {', '.join(TASK_SETS)}")
+        if min(self.G, self.O, self.T) < 1 or self.W < 0:
+            raise ValueError(f"impossible world: G={self.G}, O={self.O} and T={self.T} must be positive, W={self.W} not negative")
+        if self.O + self.W + 1 > self.cells:
+            raise ValueError(f"impossible world: {self.O} colours, {self.W} walls and the agent need {self.O + self.W + 1} cells, "
+                             f"a {self.G} x {self.G} grid has {self.cells}")
+        needed = 1 + max(colour for task in (*self.tasks, self.post_task) for colour in task)
+        if self.O < needed:
+            raise ValueError(f"impossible world: task set '{self.task_set}' needs {needed} colours, O={self.O}")
+        if self.T < len(self.post_task):
+            raise ValueError(f"impossible world: the post-training task visits {len(self.post_task)} colours, the horizon is T={self.T} steps")
+
+    @property
+    def cells(self):
+        return self.G * self.G
+
+    @property
+    def things(self):
+        """Colours, walls and the agent: the number K of ones in an observation."""
+        return self.O + self.W + 1
+
+    @property
+    def subgoals(self):
+        return tuple(parse_colours(text) for text in TASK_SETS[self.task_set][0].split())
+
+    @property
+    def tasks(self):
+        """The pretraining tasks, each a tuple of colours."""
+        return tuple(parse_colours(text) for text in TASK_SETS[self.task_set][1].split())
+
+    @property
+    def post_task(self):
+        return parse_colours(TASK_SETS[self.task_set][2])
+
+    def subgoal_of(self, task):
+        """Cut a task into subgoals: for each of its colours, (index of the subgoal, number of subgoals before it).
+
+        The last subgoal may be cut short. Raises ValueError if the task is made of anything else."""
+        labels, segment = [], 0
+        while len(labels) < len(task):
+            rest = task[len(labels):]
+            match = next((i for i, subgoal in enumerate(self.subgoals) if rest[:len(subgoal)] == subgoal[:len(rest)]), None)
+            if match is None:
+                raise ValueError(f"task {'-'.join(map(str, task))} is not a sequence of the subgoals of '{self.task_set}'")
+            labels += [(match, segment)] * len(self.subgoals[match])
+            segment += 1
+        return labels
+
+
+# ------------------------------------------------------------------------------------------------ 2. the rules, as tables
+
+def sample_layouts(world, rng, n):
+    """Draw n initial states: colours, walls and agent on distinct random cells (A.1.1).
+
+    Returns things (n, O+W) int64 and agent (n,) int64. `rng` is a numpy Generator.
+    """
+    order = rng.random((n, world.cells)).argsort(axis=1)[:, :world.things]  # (n, K): the first K cells of a random permutation
+    return order[:, :-1], order[:, -1]
+
+
+def neighbour_table(G):
+    """(C, 4): the cell that each action leads to on an empty grid; off the grid is a no-op."""
+    row, column = np.divmod(np.arange(G * G), G)
+    row_after = np.stack([row - 1, row, row + 1, row], axis=1).clip(0, G - 1)  # (C, 4)
+    column_after = np.stack([column, column + 1, column, column - 1], axis=1).clip(0, G - 1)
+    return row_after * G + column_after
+
+
+def contents_table(world, things):
+    """(N, C) int64: -1 for an empty cell, the colour 0..O-1, or O for any wall."""
+    contents = np.full((len(things), world.cells), -1)
+    what = np.minimum(np.arange(world.O + world.W), world.O)  # (O+W,): every wall becomes O
+    np.put_along_axis(contents, things, np.broadcast_to(what, things.shape), axis=1)
+    return contents
+
+
+def next_cell(world, contents, agent):
+    """(N, T, 4): where each action leads from agent (N, T): moving into a wall or off the grid is a no-op (A.1.1)."""
+    cell = neighbour_table(world.G)[agent]  # (N, T, 4)
+    n = np.arange(len(agent))[:, None, None]
+    return np.where(contents[n, cell] == world.O, agent[..., None], cell)
+
+
+def one_hot(world, obs):
+    """The observation vector of A.1.1 from its index form: (..., K) cells -> (..., C * (O+W+1)) zeros and ones.
+
+    Layout: for each cell, the O colour channels and the W wall channels; after all cells, the agent's C channels.
+    """
+    C, channels = world.cells, world.O + world.W
+    index = obs[..., :-1] * channels + np.arange(channels)  # (..., O+W)
+    index = np.concatenate([index, obs[..., -1:] + C * channels], axis=-1)  # (..., K)
+    vector = np.zeros((*obs.shape[:-1], C * (channels + 1)), np.int8)
+    np.put_along_axis(vector, index, 1, axis=-1)
+    return vector
+
+
+# ------------------------------------------------------------------------------------------------ 3. N worlds at once
+
+class GridWorlds:
+    """N gridworld-pinpads stepped together (A.1.1). A finished world stays as it is and pays nothing more.
+
+    World(...) gives the rules; `tasks` is a list of N colour sequences; things, agent as from `sample_layouts`.
+    Public arrays, each (N,): agent, progress (colours visited in order so far), steps, done, success.
+    """
+
+    def __init__(self, world, tasks, things, agent):
+        self.world, self.things, self.agent = world, things, agent.copy()
+        n = len(agent)
+        self.length = np.array([len(task) for task in tasks])
+        self.task = np.full((n, self.length.max() + 1), -2)  # one spare column: the target after the last is "none"
+        self.label = np.full((n, self.length.max() + 1, 2), -1)  # (subgoal, segment) of each colour of the task
+        for task in set(tasks):  # few different tasks, many worlds
+            rows = np.array([other == task for other in tasks])
+            self.task[rows, :len(task)] = task
+            self.label[rows, :len(task)] = world.subgoal_of(task)
+        self.contents = contents_table(world, things)
+        self.progress = np.zeros(n, np.int64)
+        self.steps = np.zeros(n, np.int64)
+        self.done = np.zeros(n, bool)
+        self.success = np.zeros(n, bool)
+        self.rows = np.arange(n)
+
+    def target(self):
+        """(N,) the colour to visit next; -2 once the task is completed."""
+        return self.task[self.rows, self.progress]
+
+    def subgoal(self):
+        """(N,) index of the subgoal in progress; -1 once the task is completed."""
+        return self.label[self.rows, self.progress, 0]
+
+    def segment(self):
+        """(N,) number of subgoals finished; -1 once the task is completed."""
+        return self.label[self.rows, self.progress, 1]
+
+    def obs(self):
+        """(N, K) int64, index form: the agent sees things and itself, and nothing of task, goal or visits."""
+        return np.concatenate([self.things, self.agent[:, None]], axis=1)
+
+    def step(self, action):
+        """action (N,) in 0..3. Returns reward (N,) float32, terminated (N,) and truncated (N,) bool."""
+        cell = next_cell(self.world, self.contents, self.agent[:, None])[self.rows, 0, action]
+        cell = np.where(self.done, self.agent, cell)
+        content = self.contents[self.rows, cell]
+        # A colour is visited when it is entered from a different cell: bumping while standing on it is not a visit.
+        visited = (cell != self.agent) & (content >= 0)
+        right = visited & (content == self.target())
+        self.agent = cell
+        self.progress += right
+        self.steps += ~self.done
+        success = right & (self.progress == self.length)
+        terminated = success | (visited & ~right)
+        truncated = ~terminated & ~self.done & (self.steps >= self.world.T)
+        self.success |= success
+        self.done |= terminated | truncated
+        return success.astype(np.float32), terminated, truncated
+
+
+# ------------------------------------------------------------------------------------------------ 4. gymnasium view
+
+PALETTE = np.array([[230, 60, 60], [60, 120, 230], [60, 180, 90], [245, 190, 50], [150, 80, 200],
+                    [70, 200, 210], [240, 130, 40], [235, 120, 180], [120, 90, 60], [130, 160, 40]], np.uint8)
+
+
+def draw_grid(world, obs, cell_px=32):
+    """An RGB picture of one observation obs (K,): (G * cell_px, G * cell_px, 3) uint8; walls dark, the agent a black disc."""
+    contents = contents_table(world, obs[None, :-1])[0]  # (C,)
+    colour = np.full((world.cells, 3), 245, np.uint8)
+    colour[contents == world.O] = 70
+    on = (contents >= 0) & (contents < world.O)
+    colour[on] = PALETTE[contents[on] % len(PALETTE)]
+    picture = colour.reshape(world.G, world.G, 3).repeat(cell_px, axis=0).repeat(cell_px, axis=1)
+    picture[::cell_px] = picture[:, ::cell_px] = 210  # grid lines
+    row, column = np.divmod(obs[-1], world.G)
+    y, x = np.mgrid[:picture.shape[0], :picture.shape[1]]
+    disc = (y - (row + .5) * cell_px) ** 2 + (x - (column + .5) * cell_px) ** 2 < (.3 * cell_px) ** 2
+    picture[disc] = 0
+    return picture
+
+
+class GridPinpad(gym.Env):
+    """gridworld-pinpad (A.1) for gymnasium: `gym.make("GridPinpad-v0")`, any World field as a keyword.
+
+    Observation: MultiBinary(C * (O+W+1)), exactly O+W+1 ones (paper: 637 numbers, 13 ones).
+      | index                          | meaning                                        |
+      |--------------------------------|------------------------------------------------|
+      | cell * (O+W) + k, k < O        | colour k lies in this cell                     |
+      | cell * (O+W) + O + w           | wall w stands in this cell                     |
+      | C * (O+W) + cell               | the agent is in this cell                      |
+    Action: Discrete(4): up, right, down, left. Reward: 1 when the task is completed, else 0.
+    Terminated: task completed, or a colour visited that is not the next one. Truncated: T steps; the horizon is
+    a parameter of this world, so the environment keeps it itself instead of leaving it to gymnasium's TimeLimit.
+    reset(options={"task": (0, 2, 1)}) sets the task; without it the post-training task is played. The task is in `info`
+    only: the observation holds nothing about it.
+    """
+    metadata = {"render_modes": ["ansi", "rgb_array"], "render_fps": 5}
+
+    def __init__(self, render_mode=None, **rules):
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise ValueError(f"unknown render_mode '{render_mode}': choose one of {', '.join(self.metadata['render_modes'])}")
+        self.world, self.render_mode = World(**rules), render_mode
+        self.observation_space = gym.spaces.MultiBinary(self.world.cells * self.world.things)
+        self.action_space = gym.spaces.Discrete(4)
+
+    def _observe(self):
+        info = {"task": tuple(self.worlds.task[0, :-1].tolist()), "progress": int(self.worlds.progress[0])}
+        return one_hot(self.world, self.worlds.obs())[0], info
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        task = tuple((options or {}).get("task", self.world.post_task))
+        self.worlds = GridWorlds(self.world, [task], *sample_layouts(self.world, self.np_random, 1))
+        return self._observe()
+
+    def step(self, action):
+        reward, terminated, truncated = self.worlds.step(np.array([action]))
+        obs, info = self._observe()
+        return obs, float(reward[0]), bool(terminated[0]), bool(truncated[0]), info
+
+    def render(self):
+        obs = self.worlds.obs()[0]
+        if self.render_mode == "rgb_array":
+            return draw_grid(self.world, obs)
+        if self.render_mode == "ansi":
+            return ascii_grid(self.world, obs)
+
+
+def ascii_grid(world, obs):
+    """One observation (K,) as text: digits are colours, # walls, @ the agent (it hides a colour it stands on)."""
+    symbols = np.array([*(str(colour) for colour in range(world.O)), "#", "."])
+    text = symbols[contents_table(world, obs[None, :-1])[0]]  # content -1 takes the last symbol
+    text[obs[-1]] = "@"
+    return "\n".join(" ".join(row) for row in text.reshape(world.G, world.G)) + "\n"
+
+
+gym.register("GridPinpad-v0", entry_point=GridPinpad)
+
+
+# ------------------------------------------------------------------------------------------------ 5. the expert (C.1.1)
+
+def distances(world, things):
+    """Shortest paths by dynamic programming: dist (N, O, C) int16, steps from every cell to every colour.
+
+    A path may enter neither a wall nor any colour but the one it leads to (C.1.1). UNREACHABLE where there is none; also on
+    every forbidden cell itself, so that an agent standing on the last colour never "waits" there.
+    """
+    G, N = world.G, len(things)
+    contents = contents_table(world, things)[:, None]  # (N, 1, C)
+    colour = np.arange(world.O)[None, :, None]  # (1, O, 1)
+    free = ((contents == -1) | (contents == colour)).reshape(N, world.O, G, G)
+    dist = np.where(contents == colour, 0, UNREACHABLE).astype(np.int16).reshape(N, world.O, G, G)
+    while True:  # each sweep relaxes every edge once; paths are short, so a few sweeps reach the fixed point
+        before = dist.copy()
+        for to, frm in (((..., slice(1, None), slice(None)), (..., slice(None, -1), slice(None))),
+                        ((..., slice(None), slice(1, None)), (..., slice(None), slice(None, -1)))):
+            for here, there in ((to, frm), (frm, to)):
+                np.minimum(dist[here], dist[there] + 1, out=dist[here], where=free[here])
+        if (dist == before).all():
+            return dist.reshape(N, world.O, world.cells)
+
+
+def expert_probs(world, contents, dist, agent, target, eps=0.0):
+    """The stochastic expert: probability of each action when heading for `target` (C.1.1).
+
+    contents (N, C), dist (N, O, C), agent (N, T) cells, target (N, T, J) colours -> (N, T, J, 4) float64.
+    All actions on a shortest path are equally likely; with probability eps a random action that does not end the episode
+    (visits no wrong colour) is taken instead. Rows are zero where the target cannot be reached (it is then never demonstrated).
+    """
+    n = np.arange(len(agent))[:, None, None, None]
+    cell = next_cell(world, contents, agent)  # (N, T, 4)
+    ahead = dist[n, target[..., None], cell[:, :, None, :]]  # (N, T, J, 4): distance that remains after each action
+    nearest = ahead.min(axis=-1, keepdims=True)
+    best = (ahead == nearest) & (nearest < UNREACHABLE)
+    probs = (1 - eps) * best / best.sum(axis=-1, keepdims=True).clip(1)
+    if eps > 0:
+        content = contents[n[..., 0], cell]  # (N, T, 4): colour or nothing; next_cell never enters a wall
+        stays = cell == agent[..., None]  # bumping is not a visit, whatever lies under the agent
+        harmless = (stays | (content == -1))[:, :, None, :] | (content[:, :, None, :] == target[..., None])
+        probs = probs + eps * best.any(-1, keepdims=True) * harmless / harmless.sum(axis=-1, keepdims=True).clip(1)
+    return probs
+
+
+@dataclass
+class Trajectories:
+    """N expert episodes, padded to the longest. Entries at and beyond length[n] are padding and must be masked.
+
+    things (N, O+W) | agent (N, T+1), the last valid entry is where the episode ended | action (N, T) |
+    target (N, T) colour headed for | progress (N, T) colours visited before step t | subgoal (N, T) |
+    segment (N, T) subgoals finished before step t | length (N,). All int64.
+    """
+    things: np.ndarray
+    agent: np.ndarray
+    action: np.ndarray
+    target: np.ndarray
+    progress: np.ndarray
+    subgoal: np.ndarray
+    segment: np.ndarray
+    length: np.ndarray
+
+    def __getitem__(self, rows):
+        """The chosen episodes, cut to the longest among them."""
+        T = self.length[rows].max()
+        return Trajectories(self.things[rows], self.agent[rows, :T + 1], self.action[rows, :T], self.target[rows, :T],
+                            self.progress[rows, :T], self.subgoal[rows, :T], self.segment[rows, :T], self.length[rows])
+
+    def mask(self):
+        """(N, T) bool: which steps exist."""
+        return np.arange(self.action.shape[1]) < self.length[:, None]
+
+    def obs(self):
+        """(N, T+1, K): the observations in index form; obs[:, t] is seen before action t."""
+        N, T1 = self.agent.shape
+        things = np.broadcast_to(self.things[:, None], (N, T1, self.things.shape[1]))
+        return np.concatenate([things, self.agent[..., None]], axis=-1)
+
+    def switches(self):
+        """(N, T) bool: the "true switches", first steps of a new subgoal; never at t=0."""
+        new = np.zeros(self.segment.shape, bool)
+        new[:, 1:] = self.segment[:, 1:] > self.segment[:, :-1]
+        return new & self.mask()
+
+
+def simulate(world, tasks, things, agent, act):
+    """Play N episodes to their end with `act(worlds, alive) -> actions (len(alive),)`, alive = indices of unfinished worlds.
+
+    Returns all of them as Trajectories, and success (N,).
+    """
+    worlds = GridWorlds(world, tasks, things, agent)
+    record = {name: [] for name in ("agent", "action", "target", "progress", "subgoal", "segment")}
+    while not worlds.done.all():
+        alive = np.flatnonzero(~worlds.done)
+        action = np.zeros(len(agent), np.int64)
+        action[alive] = act(worlds, alive)
+        for name, value in (("agent", worlds.agent), ("action", action), ("target", worlds.target().clip(0)),
+                            ("progress", worlds.progress.copy()), ("subgoal", worlds.subgoal().clip(0)), ("segment", worlds.segment().clip(0))):
+            record[name].append(value)
+        worlds.step(action)
+    record["agent"].append(worlds.agent)
+    columns = {name: np.stack(values, axis=1) for name, values in record.items()}  # each (N, T) or (N, T+1)
+    return Trajectories(things=things, length=worlds.steps, **columns), worlds.success
+
+
+def generate(world, rng, n, eps=0.0, tasks=None):
+    """n successful expert episodes on uniformly drawn tasks (default: the pretraining tasks). Failed ones are dropped (C.1.1)."""
+    tasks = tasks or world.tasks
+    parts, have, tried = [], 0, 0
+    while have < n:
+        m = max(256, int((n - have) * 1.1))
+        things, agent = sample_layouts(world, rng, m)
+        dist = distances(world, things)
+
+        def expert(worlds, alive):
+            probs = expert_probs(world, worlds.contents[alive], dist[alive], worlds.agent[alive, None],
+                                 worlds.target()[alive, None, None], eps)[:, 0, 0]  # (alive, 4)
+            # No path: act at random, most likely fail, and be dropped. (A success by luck is dropped below, as it has no expert.)
+            lost = probs.sum(1) == 0
+            stuck[alive] |= lost
+            probs[lost] = .25
+            return (rng.random((len(alive), 1)) > probs.cumsum(1)[:, :-1]).sum(1)
+
+        stuck = np.zeros(m, bool)
+        played, success = simulate(world, [tasks[i] for i in rng.integers(len(tasks), size=m)], things, agent, expert)
+        keep = np.flatnonzero(success & ~stuck)
+        tried += m
+        if tried > 100_000 and have + len(keep) == 0:
+            raise ValueError(f"impossible world: no expert finished a task within T={world.T} steps in {tried} layouts")
+        if len(keep):
+            parts.append(played[keep])
+            have += len(keep)
+    return concatenate(parts)[np.arange(n)]
+
+
+def concatenate(parts):
+    """Join Trajectories of different lengths, padding with zeros."""
+    T = max(part.action.shape[1] for part in parts)
+    pad = lambda x, width: np.pad(x, ((0, 0), (0, width - x.shape[1])))
+    return Trajectories(
+        things=np.concatenate([part.things for part in parts]), length=np.concatenate([part.length for part in parts]),
+        agent=np.concatenate([pad(part.agent, T + 1) for part in parts]),
+        **{name: np.concatenate([pad(getattr(part, name), T) for part in parts])
+           for name in ("action", "target", "progress", "subgoal", "segment")})
+
+
+# ------------------------------------------------------------------------------------------------ 6. exact bounds
+
+def exact_bounds(world, data, eps=0.0):
+    """What is knowable about the next action, in nats: two arrays (N, T), and the posterior over subgoals (N, T, S).
+
+    bayes: -ln of the Bayes-optimal p(a_t | o_1:t), which knows the expert and the pretraining tasks but not the task being played;
+           averaged over steps this is the lowest loss that any sequence model can reach.
+    known: -ln p(a_t | o_t, target): the loss of someone who is told the goal; what a perfect controller reaches.
+    The posterior at t uses actions before t only. (The horizon's slight preference for short tasks is neglected: with T
+    far above the longest expert episode it is nil.)
+    """
+    contents, dist = contents_table(world, data.things), distances(world, data.things)
+    N, T = data.action.shape
+    agent, mask = data.agent[:, :-1], data.mask()
+    colours = np.broadcast_to(np.arange(world.O), (N, T, world.O))
+    probs = expert_probs(world, contents, dist, agent, colours, eps)  # (N, T, O, 4)
+    taken = np.take_along_axis(probs, data.action[:, :, None, None], axis=-1)[..., 0]  # (N, T, O): p(a_t | heading for colour)
+
+    # The prior over tasks is uniform over those the expert can finish on this layout, since failures are not demonstrated. A leg
+    # is feasible if some neighbour of its start has a path; the first starts at the agent, the others at the previous colour.
+    def feasible(start, colour):  # (N,) cells, colour -> (N,) bool
+        ahead = next_cell(world, contents, start[:, None])[:, 0]  # (N, 4)
+        return dist[np.arange(N)[:, None], colour, ahead].min(axis=1) < UNREACHABLE
+
+    posterior = np.stack([np.all([feasible(agent[:, 0] if k == 0 else data.things[:, task[k - 1]], colour)
+                                  for k, colour in enumerate(task)], axis=0) for task in world.tasks], axis=1).astype(float)  # (N, tasks)
+    targets = np.full((len(world.tasks), max(map(len, world.tasks)) + 1), -1)  # (tasks, legs + 1)
+    labels = np.full_like(targets, -1)
+    for i, task in enumerate(world.tasks):
+        targets[i, :len(task)], labels[i, :len(task)] = task, [label for label, _ in world.subgoal_of(task)]
+    bayes, beliefs = np.zeros((N, T)), np.zeros((N, T, len(world.subgoals)))
+    for t in range(T):
+        # Where each task would be heading now; a task that is already finished could not have gone on: likelihood 0.
+        target = targets[:, np.minimum(data.progress[:, t], targets.shape[1] - 1)].T  # (N, tasks)
+        label = labels[:, np.minimum(data.progress[:, t], targets.shape[1] - 1)].T
+        posterior = posterior / posterior.sum(1, keepdims=True).clip(1e-300)
+        for s in range(len(world.subgoals)):
+            beliefs[:, t, s] = (posterior * (label == s)).sum(1)
+        likelihood = np.where(target >= 0, np.take_along_axis(taken[:, t], target.clip(0), axis=1), 0.)  # (N, tasks)
+        posterior = np.where(mask[:, t, None], posterior * likelihood, posterior)
+        # A wrong colour entered has likelihood 0 under the task in question, so `progress` is right for every task still alive.
+        bayes[:, t] = -np.log(np.where(mask[:, t], posterior.sum(1), 1.))
+    known = -np.log(np.where(mask, np.take_along_axis(taken, data.target[..., None], axis=-1)[..., 0], 1.))
+    return bayes, known, beliefs

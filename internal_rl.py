@@ -1,0 +1,316 @@
+"""Acting and reinforcement learning: on the codes z (internal RL) and, as its rival, on the raw actions.
+
+Bottom-up:
+
+  1. Player            the base model acting step by step in N worlds, its residual stream steered by any rule
+  2. rules             fixed code, true subgoal, and the internal environment of Algorithms 1 and 2
+  3. Policy            pi(z | e_1:t), a one-layer Hawk stepped only when the gate opens (D.3)
+  4. update            the critic-free clipped update of C.5.2, one for both kinds of action
+  5. episodes          collect a batch for internal RL (Algorithm 3) and for raw-action RL (C.5.3)
+  6. measurements      success with true subgoals (C.3), success of prior codes, code identity
+
+Paper sections: C.3, C.5, D.3, B.3.2 (the idea behind code identity); Algorithms 1-3; Eq. 10; Table A13.
+
+Glossary (name -> symbol -> shape; N episodes, M abstract actions, D width)
+  e         e_t,l at the moment a code is asked for    (N, M, D)
+  z         the abstract action                        (N, M, n_z)
+  logp      ln pi(z | e_1:t), summed over dimensions   (N, M)
+  advantage A_tau = (R - mean R) / (std R + 1e-3)      (N,)
+  opens     the gate opened at this step: beta > 0.5   (n,) bool, n rows still playing
+  rng       a numpy Generator for layouts; torch randomness is the global generator, which train.py seeds anew at every update
+  state     everything that must persist from step to step, one row per episode: a nested dict / list of tensors
+"""
+import math
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from envs import generate, sample_layouts, simulate
+from model import Block, Hawk, linear
+
+BETA_THRESHOLD = 0.5  # Algorithm 1 and C.6
+
+# ------------------------------------------------------------------------------------------------ 1. player
+
+def select(state, rows):
+    """Keep the given rows of every tensor in a nested dict / list."""
+    if isinstance(state, dict):
+        return {name: select(value, rows) for name, value in state.items()}
+    if isinstance(state, list):
+        return [select(value, rows) for value in state]
+    return state[rows]
+
+
+def assign(state, rows, new):
+    """Write `new` into the given rows of every tensor of `state`, in place."""
+    for name, value in state.items():
+        value[rows] = new[name]
+
+
+class Player:
+    """The base model acting in N worlds: an `act` for `envs.simulate`.
+
+    `steer(e, state, worlds, rows) -> e` changes the residual stream (n, D) of the episodes `rows` (n,) before the upper blocks
+    read it. `state` is the rule's own memory; like the caches it follows the episodes when finished ones are dropped.
+    All recurrent memory lives through the whole episode: nothing is reset at a switch (Algorithm 1).
+    After the game, `logp` (N, T) holds ln p(a_t) of the actions taken.
+    """
+
+    def __init__(self, base, n, T, steer=None, state=None):
+        self.base, self.steer, self.state = base, steer, state or {}
+        self.device = base.action_head.weight.device
+        self.caches = base.init_cache(n, T, self.device)
+        self.rows, self.t = np.arange(n), 0
+        self.logp = torch.zeros(n, T, device=self.device)
+
+    @torch.no_grad()
+    def __call__(self, worlds, alive):
+        # Finished episodes ride along until they are a third of the batch: copying the caches at every step would cost more.
+        if len(alive) < len(self.rows) * 2 / 3:
+            keep = torch.from_numpy(np.searchsorted(self.rows, alive)).to(self.device)
+            self.caches, self.state, self.rows = select(self.caches, keep), select(self.state, keep), alive
+        obs = torch.from_numpy(worlds.obs()[self.rows]).to(self.device)  # (n, K)
+        e = self.base.lower(obs[:, None], self.caches, self.t)[:, 0]  # (n, D)
+        if self.steer is not None:
+            e = self.steer(e, self.state, worlds, self.rows)
+        log_p = self.base.action_logits(e[:, None], self.caches, self.t)[:, 0].log_softmax(-1)  # (n, A)
+        action = torch.multinomial(log_p.exp(), 1)  # (n, 1)
+        self.logp[self.rows, self.t] = log_p.gather(1, action)[:, 0]
+        self.t += 1
+        return action[:, 0].cpu().numpy()[np.searchsorted(self.rows, alive)]
+
+
+# ------------------------------------------------------------------------------------------------ 2. rules for steering
+
+def steer_by_code(decoder):
+    """Hold the code in state["z"] (n, n_z) for the whole episode."""
+    return lambda e, state, worlds, rows: decoder(e, state["z"])
+
+
+def steer_by_subgoal(decoder):
+    """C.3: the controller of the true subgoal, switched at the right moments. A finished episode gets controller 0: unused."""
+    def steer(e, state, worlds, rows):
+        subgoal = torch.from_numpy(worlds.subgoal()[rows].clip(0)).to(e.device)
+        return decoder(e, F.one_hot(subgoal, decoder.net[0].in_features).to(e.dtype))
+    return steer
+
+
+class InternalEnvironment:
+    """Algorithms 1 and 2 for a batch: between two openings of the gate, base model and decoder play by themselves.
+
+    `policy(e, memory) -> z, logp` is asked only in the episodes whose gate is open; at the first step always. Everything it was
+    asked is kept in `asked`: (episode, position in that episode, e, z, logp). `gates` keeps beta of every raw step.
+    """
+
+    def __init__(self, meta, policy, memory, n, T, device):
+        self.meta, self.policy = meta, policy
+        self.state = {"h": torch.zeros(n, meta.n_h, device=device), "z": torch.zeros(n, meta.n_z, device=device), "memory": memory}
+        self.count = torch.zeros(n, dtype=torch.long, device=device)  # abstract actions so far
+        self.asked, self.t = [], 0
+        self.gates = torch.zeros(n, T, device=device)
+        self.codes = torch.zeros(n, T, meta.n_z, device=device)
+
+    def __call__(self, e, state, worlds, rows):
+        beta, state["h"] = self.meta.switch_step(e, state["h"], state["z"])
+        if self.t == 0:
+            beta = torch.ones_like(beta)  # the policy always acts first
+        self.gates[rows, self.t] = beta
+        playing = torch.from_numpy(~worlds.done[rows]).to(e.device)
+        opens = ((beta > BETA_THRESHOLD) & playing).nonzero()[:, 0]  # (m,) rows whose gate is open
+        if len(opens):
+            memory = select(state["memory"], opens)
+            z, logp = self.policy(e[opens], memory)
+            assign(state["memory"], opens, memory)
+            state["z"] = state["z"].index_copy(0, opens, z)
+            episode = torch.from_numpy(rows).to(e.device)[opens]
+            self.asked.append((episode, self.count[episode], e[opens], z, logp))
+            self.count[episode] += 1
+        self.codes[rows, self.t] = state["z"]
+        self.t += 1
+        return self.meta.decoder(e, state["z"])
+
+    def sequences(self):
+        """What was asked, as padded sequences: e (N, M, D), z (N, M, n_z), logp (N, M), mask (N, M)."""
+        episode, position, e, z, logp = (torch.cat(column) for column in zip(*self.asked))
+        N, M = len(self.count), self.count.max()
+        def padded(x):
+            out = x.new_zeros(N, M, *x.shape[1:])
+            out[episode, position] = x
+            return out
+        mask = torch.arange(M, device=e.device) < self.count[:, None]
+        return padded(e), padded(z), padded(logp), mask
+
+
+# ------------------------------------------------------------------------------------------------ 3. policy (D.3)
+
+def gaussian_logp(z, mu, log_std):
+    """ln N(z; mu, diag std^2), summed over dimensions: (..., n_z) -> (...)."""
+    return (-.5 * ((z - mu) / log_std.exp()) ** 2 - log_std - .5 * math.log(2 * math.pi)).sum(-1)
+
+
+class Policy(nn.Module):
+    """pi(z | e_1:t): one Hawk layer of width 256 (Table A13) over the residual streams at which the gate opened.
+
+    NOT in paper: the mean starts at 0 and the standard deviation at 1, so that the first policy IS the prior N(0, I) from which
+    the metacontroller's codes were trained to be drawn; and the standard deviation is one learned vector, not a function of e.
+    """
+
+    def __init__(self, width, n_z, inner=256, heads=8, min_std=0.):
+        super().__init__()
+        self.min_std = min_std
+        self.norm_in = nn.LayerNorm(width, elementwise_affine=False)  # as in the metacontroller: e has no natural scale
+        self.inp, self.block, self.norm = linear(width, inner, 1.), Block(Hawk(inner, heads), inner, 2 * inner), nn.LayerNorm(inner)
+        self.mean = linear(inner, n_z)
+        nn.init.zeros_(self.mean.weight)
+        self.free_log_std = nn.Parameter(torch.zeros(n_z))
+
+    @property
+    def log_std(self):
+        return self.free_log_std.exp().clamp(min=self.min_std).log() if self.min_std else self.free_log_std
+
+    def forward(self, e, memory=None):
+        """e (N, M, D) -> mean (N, M, n_z). With a memory (from `init_memory`): continues from it and updates it."""
+        return self.mean(self.norm(self.block(self.inp(self.norm_in(e)), cache=memory)))
+
+    def init_memory(self, n):
+        return self.block.mixer.init_cache(n, 0, self.mean.weight)
+
+    def sampler(self):
+        """`policy` for InternalEnvironment: e (m, D), memory -> z (m, n_z), logp (m,)."""
+        def ask(e, memory):
+            mu = self(e[:, None], memory)[:, 0]
+            z = mu + self.log_std.exp() * torch.randn(mu.shape, device=mu.device)
+            return z, gaussian_logp(z, mu, self.log_std)
+        return ask
+
+
+def prior_sampler(n_z):
+    """Codes from N(0, I): the exploration that internal RL starts from."""
+    def ask(e, memory):
+        z = torch.randn(len(e), n_z, device=e.device)
+        return z, gaussian_logp(z, torch.zeros_like(z), torch.zeros_like(z))
+    return ask
+
+
+# ------------------------------------------------------------------------------------------------ 4. update (C.5.2)
+
+def relative_advantage(reward):
+    """A_tau over the whole batch, no critic, no groups: reward (N,) -> (N,)."""
+    return (reward - reward.mean()) / (reward.std(unbiased=False) + 1e-3)
+
+
+def clipped_loss(logp, old_logp, advantage, mask, clip):
+    """Eq. 10, negated: logp, old_logp, mask (N, M), advantage (N,). One ratio per action, not per dimension of z.
+
+    The sum over an episode's actions is kept; the mean is over episodes.
+    """
+    ratio = (logp - old_logp).exp()  # (N, M)
+    A = advantage[:, None]
+    gain = torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A)
+    return -(gain * mask).sum(1).mean()
+
+
+def update(parameters, optimizer, logp_of, old_logp, reward, mask, clip=.2, epochs=1):
+    """`epochs` clipped steps on one batch. `logp_of()` recomputes logp (N, M) under the current parameters.
+
+    Returns the last loss. If all rewards are equal every advantage is 0 and nothing is learned: the step is skipped, so that
+    weight decay and Adam's momentum do not move the policy on no evidence. Raises FloatingPointError on a non-finite loss.
+    """
+    advantage = relative_advantage(reward)
+    if reward.std() == 0:
+        return 0.
+    for _ in range(epochs):
+        loss = clipped_loss(logp_of(), old_logp, advantage, mask, clip)
+        if not torch.isfinite(loss):
+            raise FloatingPointError("the RL loss is not finite")
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.)
+        optimizer.step()
+    return loss.item()
+
+
+# ------------------------------------------------------------------------------------------------ 5. episodes
+
+def play(base, world, tasks, rng, steer=None, state=None, layouts=None):
+    """Play one episode per entry of `tasks` with the base model. Returns Trajectories, success (N,) bool, the Player."""
+    things, agent = layouts or sample_layouts(world, rng, len(tasks))
+    player = Player(base, len(tasks), world.T, steer, state)
+    return *simulate(world, tasks, things, agent, player), player
+
+
+def internal_episodes(base, meta, world, rng, n, policy=None, layouts=None):
+    """Algorithm 3's inner loop: n episodes of the post-training task with codes from `policy` (None: from the prior).
+
+    Returns Trajectories, success (n,) bool, the InternalEnvironment.
+    """
+    device = base.action_head.weight.device
+    ask = prior_sampler(meta.n_z) if policy is None else policy.sampler()
+    env = InternalEnvironment(meta, ask, {} if policy is None else policy.init_memory(n), n, world.T, device)
+    with torch.no_grad():
+        data, success, _ = play(base, world, [world.post_task] * n, rng, env, env.state, layouts)
+    return data, success, env
+
+
+def internal_rl_step(base, meta, policy, optimizer, world, rng, n, epochs, clip):
+    """One update of Algorithm 3 on n fresh episodes. Returns a dict of what happened."""
+    data, success, env = internal_episodes(base, meta, world, rng, n, policy)
+    e, z, old_logp, mask = env.sequences()
+    reward = torch.from_numpy(success).to(e)
+    loss = update(list(policy.parameters()), optimizer, lambda: gaussian_logp(z, policy(e), policy.log_std),
+                  old_logp, reward, mask, clip, epochs)
+    return {"success": success.mean().item(), "loss": loss, "raw_steps": int(data.length.sum()),
+            "abstract_actions": env.count.float().mean().item(), "std": policy.log_std.exp().mean().item()}
+
+
+def raw_rl_step(base, optimizer, world, rng, n, epochs, clip):
+    """The rival (C.5.3): the same update on the base model's own action probabilities, all of its weights trained."""
+    data, success, player = play(base, world, [world.post_task] * n, rng)
+    device = player.device
+    obs, action = torch.from_numpy(data.obs()[:, :-1]).to(device), torch.from_numpy(data.action).to(device)
+    mask, reward = torch.from_numpy(data.mask()).to(device), torch.from_numpy(success).float().to(device)
+
+    def logp_of():
+        log_p = base.action_logits(base.lower(obs)).log_softmax(-1)  # (N, T, A)
+        return log_p.gather(-1, action[..., None])[..., 0]
+
+    loss = update(list(base.parameters()), optimizer, logp_of, player.logp[:, :action.shape[1]], reward, mask, clip, epochs)
+    return {"success": success.mean().item(), "loss": loss, "raw_steps": int(data.length.sum())}
+
+
+# ------------------------------------------------------------------------------------------------ 6. measurements
+
+def control_success(base, decoder, world, rng, n):
+    """Share of n episodes of the post-training task solved with true-subgoal controllers (C.3)."""
+    _, success, _ = play(base, world, [world.post_task] * n, rng, steer_by_subgoal(decoder))
+    return success.mean().item()
+
+
+def code_identity(base, decoder, world, rng, codes=256, layouts=64, n_z=8):
+    """Mutual information, in nats, between a prior code and the subgoal that it leads to; and its maximum, ln S.
+
+    Each code is held fixed, gate shut, in the same `layouts` worlds, none of which it was made for. Outcome: the subgoal
+    that begins with the first colour visited, or "none". If codes name subgoals, a code leads to one subgoal whatever the layout; if they
+    name places, the outcome depends on the layout and the information is near 0. Plug-in estimates from few samples are too high
+    by about (rows - 1)(columns - 1) / 2N (Miller-Madow), which is subtracted.
+    """
+    device = base.action_head.weight.device
+    starts = {subgoal[0]: i for i, subgoal in enumerate(world.subgoals)}
+    things, agent = (np.tile(x, (codes, *[1] * (x.ndim - 1))) for x in sample_layouts(world, rng, layouts))
+    z = torch.randn(codes, n_z, device=device).repeat_interleave(layouts, dim=0)  # (codes * layouts, n_z)
+    # Any wrong colour ends an episode, so a one-colour task is over at the first colour visited, right or wrong.
+    n = codes * layouts
+    data, _, _ = play(base, world, [world.subgoals[0][:1]] * n, rng, steer_by_code(decoder), {"z": z}, (things, agent))
+    last = data.agent[np.arange(n), data.length]
+    match = (data.things[:, :world.O] == last[:, None])  # (n, O)
+    colour = np.where(match.any(1), match.argmax(1), -1)
+    outcome = np.array([starts.get(c, len(starts)) for c in colour]).reshape(codes, layouts)
+    table = np.stack([(outcome == g).sum(1) for g in range(len(starts) + 1)], axis=1)  # (codes, S + 1) counts
+    table = table[:, table.sum(0) > 0]
+    joint = table / n
+    expected = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
+    information = (joint * np.log(np.where(joint > 0, joint / expected, 1))).sum()
+    bias = ((table > 0).sum() - table.shape[0] - table.shape[1] + 1) / (2 * n)
+    return float(information - bias), math.log(len(starts))

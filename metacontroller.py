@@ -1,0 +1,203 @@
+"""Everything that writes into the residual stream of a frozen base model: controllers, and the metacontroller that finds them.
+
+Bottom-up:
+
+  1. Decoder           f_hyp: a code z becomes a linear controller U, applied as e + U e (Eq. 11, 18); U is never built
+  2. control loss      controllers driven by the true subgoal (C.3), the ceiling of everything after
+  3. Metacontroller    D.2: history h, sequence embedding s, encoder, switch beta, temporal integration
+  4. discovery loss    Eq. 9 (Eq. 3 of the main text), and what is measured about the gate
+
+Paper sections: C.3, C.4, D.2, E.1; Tables A7, A9.
+
+Glossary (name -> symbol -> shape; B batch, T time, D width n_e, r rank)
+  e         e_t,l, residual stream read and written     (B, T, D)
+  h         h_t-1, GRU summary of e_1:t-1               (B, T, n_h)
+  s         s(e_1:T), ONE vector for the whole sequence (B, n_s)
+  mu, logvar  mu_t, ln diag Sigma_t of the proposal     (B, T, n_z)
+  proposal  z~_t ~ N(mu_t, Sigma_t)                     (B, T, n_z)
+  beta      beta_t, switching gate in [0, 1], causal    (B, T)
+  z         z_t, the integrated code                    (B, T, n_z)
+  alpha     weight of the KL                            scalar
+"""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from model import Block, Hawk, action_nll, linear, mlp
+
+# ------------------------------------------------------------------------------------------------ 1. decoder (Eq. 11, 18)
+
+class Decoder(nn.Module):
+    """f_hyp: z -> U, of rank r (grid) or a full matrix (rank=0, ant). One hidden ReLU layer (Table A9: 32)."""
+
+    def __init__(self, n_z, width, rank, hidden=32):
+        super().__init__()
+        self.width, self.rank = width, rank
+        self.net = mlp(n_z, hidden, 2 * width * rank if rank else width * width)
+
+    def factors(self, z):
+        """z (..., n_z) -> left (..., D, r) and right (..., r, D) with U = left @ right. Full matrix: left is None."""
+        flat = self.net(z)
+        if not self.rank:
+            return None, flat.view(*z.shape[:-1], self.width, self.width)
+        left, right = flat.chunk(2, dim=-1)
+        return left.view(*z.shape[:-1], self.width, self.rank), right.view(*z.shape[:-1], self.rank, self.width)
+
+    def forward(self, e, z):
+        """Eq. 11: e (..., D), z (..., n_z) -> e + U e. With rank r this costs 2 D r per step; U itself would cost D^2."""
+        left, right = self.factors(z)
+        y = right @ e[..., None]  # (..., r, D) @ (..., D, 1) -> (..., r, 1);  full: (..., D, 1)
+        return e + (y if left is None else left @ y)[..., 0]
+
+    def matrix(self, z):
+        """U itself, (..., D, D): for tests and for looking at it."""
+        left, right = self.factors(z)
+        return right if left is None else left @ right
+
+
+# ------------------------------------------------------------------------------------------------ 2. true subgoals (C.3)
+
+def control_loss(base, decoder, obs, action, subgoal, mask):
+    """C.3: action NLL (nats per step) when z_t is the one-hot of the true subgoal and the gate is always open.
+
+    obs (B, T, K), action, subgoal, mask (B, T). Gradients reach the decoder only if the base is frozen.
+    """
+    with torch.no_grad():
+        e = base.lower(obs)
+    z = F.one_hot(subgoal, decoder.net[0].in_features).to(e.dtype)  # (B, T, subgoals)
+    return (action_nll(base.action_logits(decoder(e, z)), action) * mask).sum() / mask.sum()
+
+
+# ------------------------------------------------------------------------------------------------ 3. metacontroller (D.2)
+
+class SequenceEmbedder(nn.Module):
+    """f_emb, Eq. 13: the whole sequence e_1:T in one vector s, by a Hawk layer (D.1.1) read at the last step.
+
+    One vector per sequence, not per step: given a summary of the future at every t, the encoder re-sends the code at every
+    step and the gate never closes (measured; shared findings). NOT in paper: the embedder's inner width, silent there.
+    """
+
+    def __init__(self, width, n_s, inner=64, heads=4):
+        super().__init__()
+        self.inp, self.block, self.norm, self.out = linear(width, inner, 1.), Block(Hawk(inner, heads), inner, 2 * inner), nn.LayerNorm(inner), linear(inner, n_s, 1.)
+
+    def forward(self, e, length):
+        """e (B, T, D), length (B,) -> s (B, n_s)."""
+        x = self.block(self.inp(e))  # (B, T, inner); causal, so padding after the last step changes nothing before it
+        last = x[torch.arange(len(x), device=x.device), length - 1]  # (B, inner)
+        return self.out(self.norm(last))
+
+
+class Metacontroller(nn.Module):
+    """c_phi of D.2. gate: "soft" (E.1, the default), "gumbel" (exact form of E.1, straight-through), or "forced" (C.4.1)."""
+
+    def __init__(self, width, n_z=8, n_h=32, n_s=32, rank=16, gate="soft", encoder_hidden=64, decoder_hidden=32):
+        super().__init__()
+        self.n_z, self.n_h, self.gate = n_z, n_h, gate
+        # NOT in paper: e is normalised before it is read (not where it is written). Its scale is whatever the base learned.
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.gru = nn.GRU(width, n_h, batch_first=True)
+        self.embedder = SequenceEmbedder(width, n_s)
+        self.encoder = mlp(width + n_h + n_s, encoder_hidden, 2 * n_z, scale=1.)
+        # NOT in paper: the posterior starts narrow, Sigma = exp(-3). From Sigma = 1 the code carries nothing at first and the KL
+        # extinguishes it within 200 steps for every alpha >= 0.1 (posterior collapse; shared findings).
+        nn.init.constant_(self.encoder[-1].bias[n_z:], -3.)
+        # f_switch, Eq. 16: one hidden layer. The part that reads e_t and h_t-1 is applied to all steps at once.
+        self.switch_in, self.switch_z, self.switch_out = linear(width + n_h, n_h, 1.), nn.Linear(n_z, n_h, bias=False), linear(n_h, 1, 1.)
+        self.decoder = Decoder(n_z, width, rank, decoder_hidden)
+
+    def encode(self, e, length):
+        """Eq. 12, 13, 15: e (B, T, D) -> mu, logvar (B, T, n_z) and the switch's input from e_t, h_t-1 (B, T, n_h)."""
+        e = self.norm(e)
+        h, _ = self.gru(e)  # (B, T, n_h): h_1 .. h_T
+        h = F.pad(h[:, :-1], (0, 0, 1, 0))  # h_0 .. h_T-1: encoder and switch read the summary of the PAST
+        s = self.embedder(e, length)[:, None].expand(-1, e.shape[1], -1)  # (B, n_s) -> (B, T, n_s)
+        mu, logvar = self.encoder(torch.cat([e, h, s], dim=-1)).chunk(2, dim=-1)
+        return mu, logvar, self.switch_in(torch.cat([e, h], dim=-1))
+
+    def gate_logit(self, switch_input, z):
+        """Eq. 16 before the sigmoid: switch_input (B, n_h) from e_t, h_t-1; z (B, n_z) the INTEGRATED code z_t-1 -> (B,)."""
+        return self.switch_out(F.relu(switch_input + self.switch_z(z)))[:, 0]
+
+    def integrate(self, proposal, switch_input):
+        """Eq. 16, 17 over a sequence: proposal (B, T, n_z), switch_input (B, T, n_h) -> z (B, T, n_z), beta (B, T).
+
+        beta_1 = 1: before the first step there is no code to keep. (NOT in paper, which leaves z_0 open.)
+        """
+        z = proposal[:, 0]
+        codes, betas = [z], [torch.ones_like(z[:, 0])]
+        # unbind once, not x[:, t] in the loop: indexing makes a full-size zero gradient per step.
+        for proposal_t, input_t in list(zip(proposal.unbind(1), switch_input.unbind(1)))[1:]:
+            if self.gate == "forced":
+                beta = torch.ones_like(betas[0])  # C.4.1
+            else:
+                logit = self.gate_logit(input_t, z)
+                if self.gate == "gumbel" and self.training:  # E.1: a sample of a binary gate, relaxed in the backward pass
+                    uniform = torch.rand_like(logit).clamp(1e-6, 1 - 1e-6)
+                    logit = logit + torch.log(uniform) - torch.log1p(-uniform)  # logistic noise
+                beta = torch.sigmoid(logit)
+                if self.gate == "gumbel":
+                    beta = (beta > .5).float() + beta - beta.detach()  # forward hard, gradient of the sigmoid
+            z = beta[:, None] * proposal_t + (1 - beta[:, None]) * z  # Eq. 17
+            codes.append(z)
+            betas.append(beta)
+        return torch.stack(codes, dim=1), torch.stack(betas, dim=1)
+
+    def forward(self, e, length, noise):
+        """e (B, T, D), length (B,), noise (B, T, n_z) from N(0, I) -> z, beta, mu, logvar. Causal except through s."""
+        mu, logvar, switch_input = self.encode(e, length)
+        proposal = mu + noise * (logvar / 2).exp()  # Eq. 14, reparameterised
+        z, beta = self.integrate(proposal, switch_input)
+        return z, beta, mu, logvar
+
+    def switch_step(self, e, h, z):
+        """One causal step for acting: e_t (B, D), h_t-1 (B, n_h), z_t-1 (B, n_z) -> beta_t (B,), h_t (B, n_h). Algorithm 1."""
+        e = self.norm(e)
+        beta = torch.sigmoid(self.gate_logit(self.switch_in(torch.cat([e, h], dim=-1)), z))
+        if self.gate == "forced":
+            beta = torch.ones_like(beta)
+        return beta, self.gru(e[:, None], h[None])[1][0]
+
+
+# ------------------------------------------------------------------------------------------------ 4. discovery (C.4)
+
+def kl_to_prior(mu, logvar):
+    """KL(N(mu, Sigma) || N(0, I)) in nats, summed over the code's dimensions: (..., n_z) -> (...). Eq. 8."""
+    return .5 * (mu ** 2 + logvar.exp() - 1 - logvar).sum(-1)
+
+
+def discovery_loss(base, meta, obs, action, mask, noise, alpha):
+    """Eq. 9 with lambda = 0 (Table A9), averaged over the steps that exist.
+
+    obs (B, T, K), action, mask (B, T), noise (B, T, n_z), alpha >= 0. Soft gate: the KL counts at every step, not weighted by
+    beta (E.1, continuous relaxation). Gumbel gate: it counts where the gate is open. Nothing penalises switching itself.
+    Returns loss and a dict: nll and kl (nats per step), z, beta.
+    """
+    with torch.no_grad():
+        e = base.lower(obs)
+    z, beta, mu, logvar = meta(e, mask.sum(1), noise)
+    nll = (action_nll(base.action_logits(meta.decoder(e, z)), action) * mask).sum() / mask.sum()
+    kl = kl_to_prior(mu, logvar)  # (B, T)
+    if meta.gate == "gumbel":
+        kl = kl * beta
+    kl = (kl * mask).sum() / mask.sum()
+    return nll + alpha * kl, {"nll": nll, "kl": kl, "z": z, "beta": beta}
+
+
+def gate_scores(beta, true, mask):
+    """How well the gate finds the subgoal changes. beta (B, T) in [0, 1]; true, mask (B, T) bool, `true` as Trajectories.switches.
+
+    A switch is beta > 0.5 at t > 0. Exact scores ask for the same step; f1_1 counts a switch and a true switch as matching if they
+    are at most one step apart. "undecided" is the share of gates in (.1, .9).
+    """
+    mask = mask.clone()
+    mask[:, 0] = False
+    found, true = (beta > .5) & mask, true & mask
+    near = lambda x: F.max_pool1d(x[:, None].float(), 3, stride=1, padding=1)[:, 0] > 0  # (B, T): at a switch or beside one
+    ratio = lambda hits, of: (hits.sum() / of.sum().clamp(min=1)).item()
+    f1 = lambda p, r: 2 * p * r / max(p + r, 1e-9)
+    precision, recall = ratio(found & true, found), ratio(found & true, true)
+    return {"switches": found.sum().item() / len(mask), "true_switches": true.sum().item() / len(mask),
+            "precision": precision, "recall": recall, "f1": f1(precision, recall),
+            "f1_1": f1(ratio(found & near(true), found), ratio(true & near(found), true)),
+            "undecided": ratio((beta > .1) & (beta < .9) & mask, mask)}

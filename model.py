@@ -1,0 +1,305 @@
+"""The base sequence model: p(a_t | o_1:t) and p(o_t+1 | o_1:t), cut in two at the controlled layer.
+
+Bottom-up:
+
+  1. small parts     variance-scaled linear layers, the look-up embedding
+  2. attention       causal multi-head attention with a learned relative position bias (D.1.2)
+  3. Hawk            the RG-LRU recurrence and its block (D.1.1): the mixer of the ant's base, of the internal RL policy, of f_emb
+  4. Block           pre-norm mixer + MLP, each added to the residual stream
+  5. SequenceModel   embed -> blocks -> heads; `lower(obs)` ends and `upper(e)` begins at the controlled layer l
+
+Every sequence part runs in two ways that tests hold equal: a whole sequence at once (training), or one step at a time with a
+cache (acting). A cache is a plain dict of tensors whose first dimension is the batch, so a batch of caches can be indexed.
+
+Paper sections: C.1.2 (loss), D.1 (architecture), Tables A4, A15, A16.
+
+Glossary (name -> symbol -> shape; B batch, T time, D width n_e, H heads, K things, C cells)
+  obs     o_t, index form: the cell of every thing    (B, T, K) int64
+  e       e_t,l, residual stream at layer l           (B, T, D)
+  logits  of p(a_t | o_1:t)                           (B, T, A)
+  lam     lambda, weight of the observation loss      scalar
+  a, h    decay and state of the RG-LRU               (B, T, W)
+"""
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ------------------------------------------------------------------------------------------------ 1. small parts
+
+def linear(inputs, outputs, scale=0.1):
+    """nn.Linear with weights from N(0, scale / inputs), cut at 2 sigma, and zero bias (Tables A15, A16: variance scaling 0.1)."""
+    layer = nn.Linear(inputs, outputs)
+    std = math.sqrt(scale / inputs)
+    nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def mlp(width, hidden, outputs=None, scale=0.1):
+    """One hidden ReLU layer: the channel mixer of Tables A15, A16, and every small network of D.2."""
+    return nn.Sequential(linear(width, hidden, scale), nn.ReLU(), linear(hidden, outputs or width, scale))
+
+
+class ObsEmbedding(nn.Module):
+    """One-hot observation (A.1.1) times a matrix, as a look-up and a sum: K rows instead of C * K columns.
+
+    `forward(obs)` equals `one_hot(obs) @ weight_matrix()` (a test holds them equal). The bias is that of a linear layer.
+    """
+
+    def __init__(self, cells, things, width):
+        super().__init__()
+        # NOT in paper: scale 1 instead of 0.1 here. The K ones of an observation are a fixed, tiny share of its entries, so
+        # 0.1 / (C * K) would start the stream near zero.  N(0, 1/K) gives e_0 unit variance.
+        self.bag = nn.EmbeddingBag(cells * things, width, mode="sum")
+        nn.init.normal_(self.bag.weight, std=things ** -.5)
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.register_buffer("offset", torch.arange(things) * cells, persistent=False)
+
+    def forward(self, obs):
+        B, T, K = obs.shape
+        rows = (obs + self.offset).reshape(B * T, K)  # row of the table: thing k in cell c -> k * C + c
+        return self.bag(rows).view(B, T, -1) + self.bias  # (B*T, D) -> (B, T, D)
+
+    def weight_matrix(self):
+        """(C * K, D) in the order of `envs.one_hot`: cell-major for colours and walls, then the agent's cells."""
+        K, D = len(self.offset), self.bag.weight.shape[1]
+        table = self.bag.weight.view(K, -1, D)  # (K, C, D)
+        return torch.cat([table[:-1].transpose(0, 1).reshape(-1, D), table[-1]])  # (C*(K-1), D), (C, D)
+
+
+# ------------------------------------------------------------------------------------------------ 2. attention (D.1.2)
+
+def relative_buckets(T, buckets):
+    """(T, T) int64: bucket of the distance i - j >= 0. The first half exactly, then logarithmic up to 128 (the T5 scheme; the
+    paper names 32 buckets and no formula). Distances into the future share bucket 0; the causal mask removes them."""
+    distance = (torch.arange(T)[:, None] - torch.arange(T)[None, :]).clamp(min=0)
+    exact = buckets // 2
+    far = exact + (torch.log(distance.clamp(min=1) / exact) / math.log(128 / exact) * (buckets - exact)).long()
+    return torch.where(distance < exact, distance, far.clamp(max=buckets - 1))
+
+
+class RelativeBias(nn.Module):
+    """Learned attention bias per head and distance bucket, computed once and shared by all layers (D.1.2)."""
+
+    def __init__(self, buckets, heads):
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(buckets, heads))
+
+    def forward(self, T, device):
+        """(H, T, T) additive bias, -inf above the diagonal: relative position and causality in one tensor."""
+        buckets = relative_buckets(T, len(self.table)).to(device)
+        bias = self.table[buckets].permute(2, 0, 1)  # (T, T, H) -> (H, T, T)
+        future = torch.ones(T, T, dtype=torch.bool, device=device).triu(1)
+        return bias.masked_fill(future, -math.inf)
+
+
+class Attention(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.out = linear(width, 3 * width), linear(width, width)
+
+    def forward(self, x, bias, cache=None):
+        """x (B, T, D), bias (H, T, S) -> (B, T, D). With a cache: T = 1, and S steps seen so far, this one included."""
+        B, T, D = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # each (B, H, T, D/H)
+        if cache is not None:
+            # Written in place into a buffer of the horizon's length: concatenating would copy the whole past at every step.
+            t = bias.shape[-1] - 1
+            cache["k"][:, :, t], cache["v"][:, :, t] = k[:, :, 0], v[:, :, 0]
+            k, v = cache["k"][:, :, :t + 1], cache["v"][:, :, :t + 1]
+        # Written out rather than F.scaled_dot_product_attention: with a learned bias that takes the same unfused path on CPU.
+        scores = q @ k.transpose(-1, -2) / math.sqrt(D // self.heads) + bias.to(q.dtype)  # (B, H, T, S)
+        y = scores.softmax(dim=-1) @ v  # (B, H, T, D/H)
+        return self.out(y.transpose(1, 2).reshape(B, T, D))
+
+    def init_cache(self, B, T, like):
+        shape = (B, self.heads, T, self.out.in_features // self.heads)
+        return {"k": like.new_zeros(shape), "v": like.new_zeros(shape)}
+
+
+# ------------------------------------------------------------------------------------------------ 3. Hawk (D.1.1)
+
+def scan_loop(a, b, h0):
+    """Reference: h_t = a_t * h_t-1 + b_t, one step after the other. a, b (B, T, W), h0 (B, W) -> (B, T, W)."""
+    h, states = h0, []
+    for a_t, b_t in zip(a.unbind(1), b.unbind(1)):
+        h = a_t * h + b_t
+        states.append(h)
+    return torch.stack(states, dim=1)
+
+
+def scan(a, b, h0):
+    """The same by doubling: log2(T) rounds of shift, multiply, add. Exact, no overflow, plain autograd.
+
+    After round k, (a, b)[t] composes the 2^k steps that end at t: h_t = a * h_(t-2^k) + b.
+    """
+    b = torch.cat([(a[:, :1] * h0[:, None] + b[:, :1]), b[:, 1:]], dim=1)  # put h0 into the first step
+    shift = 1
+    while shift < a.shape[1]:
+        before_a = F.pad(a[:, :-shift], (0, 0, shift, 0), value=1.)  # steps before the first compose to the identity (1, 0)
+        before_b = F.pad(b[:, :-shift], (0, 0, shift, 0))
+        a, b = a * before_a, a * before_b + b
+        shift *= 2
+    return b
+
+
+class BoundedSqrt(torch.autograd.Function):
+    """sqrt whose gradient 1 / (2 sqrt(x)) is cut at 1000: sqrt(1 - a^2) has an infinite slope where the decay a reaches 1."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sqrt()
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, = ctx.saved_tensors
+        return grad / torch.sqrt((4 * x).clamp(min=1e-6))  # 1 / sqrt(1e-6) = 1000
+
+
+class RGLRU(nn.Module):
+    """Real-gated linear recurrent unit of Hawk (De et al. 2024, the reference [22] of D.1.1). State in float32.
+
+    r_t = sigmoid(W_r x_t), i_t = sigmoid(W_i x_t)   (block-diagonal, one block per head)
+    log a_t = -8 softplus(Lambda) r_t,   h_t = a_t h_t-1 + sqrt(1 - a_t^2) i_t x_t
+    """
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads, block = heads, width // heads
+        self.w = nn.Parameter(torch.randn(2, heads, block, block) * math.sqrt(1 / block))
+        self.b = nn.Parameter(torch.zeros(2, heads, 1, block))
+        decay = torch.empty(width).uniform_(.9, .999)  # the slowest decay of each channel, a at r = 1
+        self.log_lambda = nn.Parameter(torch.log(torch.expm1(-decay.log() / 8)))  # softplus^-1
+
+    def forward(self, x, h0):
+        """x (B, T, W), h0 (B, W) float32 -> h (B, T, W) float32."""
+        B, T, W = x.shape
+        x = x.float()
+        blocks = x.view(B, T, self.heads, -1)
+        r, i = (torch.einsum("bthi,hij->bthj", blocks, w) + b.squeeze(1) for w, b in zip(self.w, self.b))  # (B, T, H, W/H)
+        log_a = -8 * F.softplus(self.log_lambda) * torch.sigmoid(r).reshape(B, T, W)
+        gain = BoundedSqrt.apply(-torch.expm1(2 * log_a))  # sqrt(1 - a^2), exact also where a is near 1
+        b = gain * torch.sigmoid(i).reshape(B, T, W) * x
+        return scan(log_a.exp(), b, h0)
+
+
+class Hawk(nn.Module):
+    """Hawk's mixer: a gated branch times a branch of short causal convolution (4 taps) and RG-LRU. `bias` is not used."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.branch, self.gate, self.out = linear(width, width), linear(width, width), linear(width, width)
+        self.taps = nn.Parameter(torch.randn(4, width) * .1)
+        self.tap_bias = nn.Parameter(torch.zeros(width))
+        self.lru = RGLRU(width, heads)
+
+    def forward(self, x, bias=None, cache=None):
+        """x (B, T, D) -> (B, T, D). With a cache T may be anything; the state after the last step is left in it."""
+        state = cache if cache is not None else self.init_cache(len(x), 0, x)
+        u = torch.cat([state["tail"], self.branch(x)], dim=1)  # (B, 3 + T, D): the last three inputs, then these
+        T = x.shape[1]
+        convolved = sum(u[:, k:k + T] * self.taps[k] for k in range(4)) + self.tap_bias
+        h = self.lru(convolved, state["h"])
+        if cache is not None:
+            cache["tail"], cache["h"] = u[:, -3:], h[:, -1]
+        return self.out(h.to(x.dtype) * F.gelu(self.gate(x)))
+
+    def init_cache(self, B, T, like):
+        D = self.out.in_features
+        return {"tail": like.new_zeros(B, 3, D), "h": torch.zeros(B, D, device=like.device)}
+
+
+# ------------------------------------------------------------------------------------------------ 4. block
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x)): the pre-norm layer of D.1.1 and D.1.2."""
+
+    def __init__(self, mixer, width, hidden):
+        super().__init__()
+        self.norm1, self.mixer, self.norm2, self.mlp = nn.LayerNorm(width), mixer, nn.LayerNorm(width), mlp(width, hidden)
+
+    def forward(self, x, bias=None, cache=None):
+        x = x + self.mixer(self.norm1(x), bias, cache)
+        return x + self.mlp(self.norm2(x))
+
+
+MIXERS = {"attention": Attention, "hawk": Hawk}
+
+
+# ------------------------------------------------------------------------------------------------ 5. sequence model
+
+class SequenceModel(nn.Module):
+    """f_theta of the paper. `layer` is l: blocks 1..l are `lower`, blocks l+1..L are `upper`; l = 0 controls the embedding.
+
+    cells, things: sizes of the observation (C, K). actions: A. The observation head exists only if lam > 0.
+    """
+
+    def __init__(self, cells, things, width, layers, heads, hidden, buckets, layer, lam=0., mixer="attention", actions=4):
+        super().__init__()
+        self.cells, self.things, self.layer, self.lam = cells, things, layer, lam
+        self.embed = ObsEmbedding(cells, things, width)
+        self.bias = RelativeBias(buckets, heads) if mixer == "attention" else None
+        self.blocks = nn.ModuleList(Block(MIXERS[mixer](width, heads), width, hidden) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.action_head = linear(width, actions)
+        self.obs_head = linear(width, things * cells) if lam > 0 else None
+
+    def _run(self, blocks, x, caches, t):
+        # The bias of a whole sequence, or its row t for one cached step.
+        if self.bias is None:
+            bias = None
+        elif caches is None:
+            bias = self.bias(x.shape[1], x.device)
+        else:
+            bias = self.bias(t + 1, x.device)[:, t:]  # (H, 1, t+1)
+        for i, block in enumerate(blocks):
+            x = block(x, bias, None if caches is None else caches[i])
+        return x
+
+    def lower(self, obs, caches=None, t=None):
+        """o_1:T -> e_1:T,l. obs (B, T, K) int64 -> (B, T, D). With caches (from `init_cache`): step t alone, T = 1."""
+        return self._run(self.blocks[:self.layer], self.embed(obs), None if caches is None else caches[:self.layer], t)
+
+    def upper(self, e, caches=None, t=None):
+        """e_1:T,l, controlled or not -> final residual stream, normalised, (B, T, D); apply `action_head` / `obs_head` to it."""
+        return self.norm(self._run(self.blocks[self.layer:], e, None if caches is None else caches[self.layer:], t))
+
+    def action_logits(self, e, caches=None, t=None):
+        """e (B, T, D) -> logits (B, T, A) of p(a_t | o_1:t)."""
+        return self.action_head(self.upper(e, caches, t))
+
+    def init_cache(self, B, T, device):
+        """One dict per block, for B sequences of at most T steps."""
+        like = self.action_head.weight.new_zeros(1)
+        return [block.mixer.init_cache(B, T, like) for block in self.blocks]
+
+
+def obs_nll(logits, next_obs, cells):
+    """-ln p(o_t+1 | o_1:t), nats. NOT in paper: "categorical" is read as one categorical over cells per thing, summed.
+
+    logits (B, T, K * C), next_obs (B, T, K) -> (B, T)."""
+    B, T, K = next_obs.shape
+    log_p = logits.view(B, T, K, cells).log_softmax(-1)  # (B, T, K, C)
+    return -log_p.gather(-1, next_obs[..., None])[..., 0].sum(-1)
+
+
+def action_nll(logits, action):
+    """-ln p(a_t), nats: logits (B, T, A), action (B, T) -> (B, T)."""
+    return F.cross_entropy(logits.transpose(1, 2), action, reduction="none")  # wants (B, A, T)
+
+
+def pretraining_loss(model, obs, action, mask):
+    """Eq. 5, averaged over the steps that exist: -ln p(a_t) - lam ln p(o_t+1).
+
+    obs (B, T+1, K), action (B, T), mask (B, T). Returns (loss, action NLL), scalars in nats per step.
+    """
+    x = model.upper(model.lower(obs[:, :-1]))
+    nll = (action_nll(model.action_head(x), action) * mask).sum() / mask.sum()
+    if model.lam == 0:
+        return nll, nll
+    seen = (obs_nll(model.obs_head(x), obs[:, 1:], model.cells) * mask).sum() / mask.sum()
+    return nll + model.lam * seen, nll

@@ -1,0 +1,644 @@
+"""Train everything: `python train.py --stage rl` runs the whole path of the paper, from nothing.
+
+    pretrain -> base.pt      stage 1 (C.1.2): predict experts' actions; reported against the exact Bayes bound
+    control  -> control.pt   C.3: controllers of the TRUE subgoals, the ceiling of everything after
+    discover -> meta.pt      stage 2 (C.4): the metacontroller finds codes and switches in the frozen base
+    rl       -> policy.pt    stage 3 (C.5): internal RL on the codes; and raw.pt, the rival on raw actions (C.5.3)
+    eval                     success of all of them on the post-training task, side by side
+
+`--rival forced` trains the metacontroller with beta = 1 (C.4.1) and internal RL on it; `--rival raw` trains raw-action RL only.
+A stage whose input is missing trains it first; a finished one is reused; an interrupted one goes on where it was, bit for bit.
+Files: runs/<preset>/seed<k>/*.pt and one .jsonl of metrics per stage.
+
+Bottom-up: 1. configuration and presets   2. checkpoints and logs   3. device   4. data   5. the stages   6. the command line
+
+How a resumed run can equal an uninterrupted one: nothing random depends on the past. Before step k of a stage, all random
+generators are seeded with (seed, stage, k), so a checkpoint needs model, optimiser and step, and no generator states.
+"""
+import argparse
+import dataclasses
+import json
+import os
+import pickle
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from envs import World, exact_bounds, generate
+from internal_rl import (Policy, code_identity, control_success, internal_episodes, internal_rl_step, play, raw_rl_step)
+from metacontroller import Decoder, Metacontroller, control_loss, discovery_loss, gate_scores
+from model import SequenceModel, pretraining_loss
+
+# ------------------------------------------------------------------------------------------------ 1. configuration
+
+def option(default, group, text):
+    """A configuration field. Checkpoints remember the fields of their own group and of the groups before it."""
+    return dataclasses.field(default=default, metadata={"group": group, "help": text})
+
+
+@dataclasses.dataclass
+class Config:
+    """Everything that can be set; the defaults are the paper's gridworld (A.1, Tables A4, A7, A9, A13, A16)."""
+    G: int = option(7, "world", "side of the grid")
+    O: int = option(8, "world", "number of colours")
+    W: int = option(4, "world", "number of walls")
+    T: int = option(100, "world", "horizon, steps")
+    task_set: str = option("pairs", "world", "task set: pairs (Table A1), singles (Table A2), errands, tiny")
+
+    width: int = option(256, "base", "D, width of the residual stream")
+    layers: int = option(6, "base", "L, number of blocks")
+    heads: int = option(4, "base", "attention heads")
+    hidden: int = option(512, "base", "hidden units of a block's MLP")
+    buckets: int = option(32, "base", "buckets of the relative position bias")
+    mixer: str = option("attention", "base", "sequence mixer of the base: attention or hawk")
+    lam: float = option(0.01, "base", "lambda, weight of the observation loss")
+    eps: float = option(0., "base", "share of random actions in the base's training data")
+    base_steps: int = option(256_000, "base", "optimiser steps")
+    base_batch: int = option(1024, "base", "episodes per step")
+    base_lr: float = option(3e-4, "base", "learning rate")
+    base_wd: float = option(0.03, "base", "weight decay")
+    base_warmup: int = option(0, "base", "steps of linear warm-up")
+    base_decay: float = option(0., "base", "share of the steps, at the end, over which the rate falls to 0")
+
+    layer: int = option(3, "split", "l, the controlled layer: 0 (embedding) to L")
+    rank: int = option(16, "split", "rank of the controllers; 0 = full matrix")
+
+    control_steps: int = option(3200, "control", "optimiser steps")
+    control_batch: int = option(512, "control", "episodes per step")
+    control_lr: float = option(1e-3, "control", "learning rate")
+    control_wd: float = option(0.03, "control", "weight decay")
+
+    n_z: int = option(8, "meta", "dimension of the code")
+    n_h: int = option(32, "meta", "width of the GRU")
+    n_s: int = option(32, "meta", "dimension of the sequence embedding")
+    encoder_hidden: int = option(64, "meta", "hidden units of the encoder")
+    decoder_hidden: int = option(32, "meta", "hidden units of the decoder")
+    gate: str = option("soft", "meta", "gate: soft, gumbel (E.1) or forced (C.4.1)")
+    alpha: float = option(0.17, "meta", "weight of the KL")
+    alpha_ramp: int = option(1500, "meta", "steps over which alpha grows from 0")
+    meta_steps: int = option(64_000, "meta", "optimiser steps")
+    meta_batch: int = option(512, "meta", "episodes per step")
+    meta_lr: float = option(1e-3, "meta", "learning rate")
+    meta_wd: float = option(0.03, "meta", "weight decay")
+
+    policy_width: int = option(256, "rl", "width of the policy's Hawk layer")
+    min_std: float = option(0., "rl", "floor of the policy's standard deviation")
+    rl_updates: int = option(100_000, "rl", "updates, for internal and for raw RL")
+    rl_batch: int = option(1024, "rl", "episodes per update")
+    rl_lr: float = option(3e-5, "rl", "learning rate of internal RL")
+    raw_lr: float = option(3e-5, "rl", "learning rate of raw-action RL")
+    rl_epochs: int = option(1, "rl", "clipped steps per batch of episodes")
+    rl_clip: float = option(0.2, "rl", "clip range of the ratio")
+
+    eval_episodes: int = option(2000, "run", "episodes per reported success rate")
+    evaluations: int = option(20, "run", "evaluations per stage")
+    save_seconds: float = option(60., "run", "seconds between checkpoints")
+    seed: int = option(0, "run", "seed of everything")
+    threads: int = option(0, "run", "CPU threads; 0 = PyTorch's choice")
+    device: str = option("auto", "run", "auto, cpu, cuda")
+    dtype: str = option("auto", "run", "auto, float32, bfloat16 (autocast, supervised stages only)")
+    compile: str = option("auto", "run", "auto, off, inductor, cudagraphs")
+
+
+PRESETS = {
+    # Seconds. Every stage runs; nothing is learned well. The tests use it.
+    "smoke": Config(G=3, O=3, W=0, T=12, task_set="tiny", width=32, layers=2, heads=2, hidden=64, lam=0.01, layer=1, rank=4,
+                    base_steps=150, base_batch=32, base_lr=3e-3, control_steps=40, control_batch=32, control_lr=1e-2,
+                    meta_steps=60, meta_batch=32, meta_lr=3e-3, alpha_ramp=40, n_h=16, n_s=8, encoder_hidden=16, decoder_hidden=16,
+                    policy_width=32, rl_updates=10, rl_batch=64, rl_lr=1e-3, raw_lr=1e-3, eval_episodes=200, evaluations=3, save_seconds=1.),
+    # A laptop. The world and every value that differs from the paper are discussed in the README.
+    "grid-small": Config(G=4, O=5, W=0, T=60, task_set="errands", width=96, layers=4, heads=4, hidden=192, lam=0., layer=1,
+                         base_steps=8000, base_batch=96, base_lr=1e-3, base_warmup=100, base_decay=.5,
+                         control_steps=1000, control_batch=96, control_lr=3e-3,
+                         meta_steps=3000, meta_batch=96, meta_lr=3e-3, alpha=.12, alpha_ramp=1500,
+                         rl_updates=400, rl_batch=512, rl_lr=1e-3, raw_lr=3e-4, rl_epochs=2),
+    # Exactly the paper's gridworld: A.1, Tables A4, A7, A9, A13, A16.
+    "grid-paper": Config(),
+}
+
+STAGES = ("pretrain", "control", "discover", "rl", "eval")
+RIVALS = ("none", "raw", "forced")
+# Which groups of fields a checkpoint depends on: with any other value of those it would be another checkpoint.
+DEPENDS = {"base": ("world", "base"), "control": ("world", "base", "split", "control"), "meta": ("world", "base", "split", "meta"),
+           "policy": ("world", "base", "split", "meta", "rl"), "raw": ("world", "base", "rl")}
+
+
+class Refused(Exception):
+    """The request can't be carried out as it stands: one sentence for the user, exit code 2, nothing written."""
+
+
+def check(cfg):
+    """Raise Refused unless this configuration can work. Called before anything is written."""
+    try:
+        world_of(cfg)
+    except ValueError as error:
+        raise Refused(str(error)) from None
+    for name in ("width", "layers", "heads", "hidden", "buckets", "n_z", "n_h", "n_s", "policy_width", "rl_epochs", "eval_episodes",
+                 "evaluations", *(f"{s}_{what}" for s in ("base", "control", "meta") for what in ("steps", "batch", "lr")),
+                 "rl_updates", "rl_batch", "rl_lr", "raw_lr"):
+        if getattr(cfg, name) <= 0:
+            raise Refused(f"--{name} must be positive, not {getattr(cfg, name)}")
+    for name in ("lam", "eps", "alpha", "alpha_ramp", "rank", "base_warmup", "base_decay", "min_std", "seed"):
+        if getattr(cfg, name) < 0:
+            raise Refused(f"--{name} must not be negative, not {getattr(cfg, name)}")
+    if cfg.width % cfg.heads or cfg.policy_width % 8:
+        raise Refused(f"--width {cfg.width} must be a multiple of --heads {cfg.heads}, and --policy_width {cfg.policy_width} of 8")
+    if not 0 <= cfg.layer <= cfg.layers:
+        raise Refused(f"--layer {cfg.layer} does not exist: the model has layers 0 to {cfg.layers}")
+    if cfg.eps >= 1:
+        raise Refused(f"--eps {cfg.eps} must be below 1")
+    for name, choices in {"gate": ("soft", "gumbel", "forced"), "mixer": ("attention", "hawk"), "dtype": ("auto", "float32", "bfloat16"),
+                          "device": ("auto", "cpu", "cuda"), "compile": ("auto", "off", "inductor", "cudagraphs")}.items():
+        if getattr(cfg, name) not in choices:
+            raise Refused(f"--{name} must be one of {', '.join(choices)}, not '{getattr(cfg, name)}'")
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise Refused("--device cuda was asked for, but PyTorch sees no CUDA device here")
+
+
+# ------------------------------------------------------------------------------------------------ 2. checkpoints and logs
+
+@dataclasses.dataclass
+class Run:
+    """One seed of one preset: its configuration, its folder, and the resolved device and precision."""
+    cfg: Config
+    preset: str
+    folder: Path
+    fresh: set  # names of checkpoints still to be trained anew (--fresh)
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float32
+    compiler: str = "off"
+
+
+def fingerprint(run, name):
+    """The configuration fields that checkpoint `name` depends on."""
+    groups = DEPENDS[name.split("-")[0]]
+    values = {f.name: getattr(run.cfg, f.name) for f in dataclasses.fields(Config) if f.metadata["group"] in groups}
+    return {"preset": run.preset, "seed": run.cfg.seed, **values}
+
+
+def read_checkpoint(run, name):
+    """The checkpoint `name`, or None if there is none (or --fresh asked to ignore it). Refuses a damaged or mismatching file."""
+    path = run.folder / f"{name}.pt"
+    if name in run.fresh or not path.exists():
+        return None
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        theirs = saved["fingerprint"]
+    except (RuntimeError, EOFError, KeyError, TypeError, OSError, pickle.UnpicklingError) as error:
+        raise Refused(f"{path} is damaged ({type(error).__name__}): delete it, or use --fresh to train it again") from None
+    for field, ours in fingerprint(run, name).items():
+        if theirs.get(field) != ours:
+            raise Refused(f"{path} was made with {field}={theirs.get(field)}, this run asks for {field}={ours}: "
+                          f"use --fresh to train it again, or another --out")
+    return saved
+
+
+def resume(run, name, model, optimizer=None):
+    """Load checkpoint `name`, if there is one, into model and optimizer. Returns (step, seconds spent, done)."""
+    saved = read_checkpoint(run, name)
+    if saved is None:
+        (run.folder / f"{name}.jsonl").unlink(missing_ok=True)
+        return 0, 0., False
+    model.load_state_dict(saved["model"])
+    if optimizer is not None:
+        optimizer.load_state_dict(saved["optimizer"])
+    if saved["done"]:
+        print(f"{name}: finished earlier ({saved['seconds'] / 60:.1f} min), reused")
+    else:
+        print(f"{name}: continues at step {saved['step']}")
+        keep = [line for line in read_log(run, name) if line["step"] <= saved["step"]]  # steps after the checkpoint come again
+        write_atomically(run.folder / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in keep).encode())
+    return saved["step"], saved["seconds"], saved["done"]
+
+
+def write_atomically(path, content):
+    """A reader sees the old file or the new one, never half of one, whenever the process is killed."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content) if isinstance(content, bytes) else torch.save(content, partial)
+    os.replace(partial, path)
+
+
+class Saver:
+    """Writes checkpoint `name` when it is due: every save_seconds, and at the end."""
+
+    def __init__(self, run, name, model, optimizer, seconds):
+        self.run, self.name, self.model, self.optimizer = run, name, model, optimizer
+        self.begun = time.time() - seconds
+        self.last = time.time()
+        run.folder.mkdir(parents=True, exist_ok=True)
+        run.fresh.discard(name)
+
+    def seconds(self):
+        return time.time() - self.begun
+
+    def step(self, step, done):
+        """Call after each optimiser step; `step` steps are finished now."""
+        if done or time.time() - self.last > self.run.cfg.save_seconds:
+            write_atomically(self.run.folder / f"{self.name}.pt", {
+                "fingerprint": fingerprint(self.run, self.name), "step": step, "seconds": self.seconds(), "done": done,
+                "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()})
+            self.last = time.time()
+
+
+def log(run, name, bar, shown, **metrics):
+    """Append a line of metrics to <name>.jsonl and print the chosen ones above the progress bar."""
+    with open(run.folder / f"{name}.jsonl", "a") as file:
+        file.write(json.dumps(metrics) + "\n")
+    bar.write(f"  {name} {metrics['step']:>6}  " + "  ".join(
+        f"{key} {metrics[key]:.4g}" if isinstance(metrics[key], float) else f"{key} {metrics[key]}" for key in shown))
+
+
+def read_log(run, name):
+    """All lines of <name>.jsonl; a last line cut off by a kill is dropped."""
+    path = run.folder / f"{name}.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def require_finite(loss, run, name, step):
+    if not torch.isfinite(loss):
+        raise FloatingPointError(f"the loss of {name} is not finite at step {step}; {run.folder / name}.pt keeps the last good state")
+
+
+# ------------------------------------------------------------------------------------------------ 3. device and precision
+
+def choose_device(run):
+    """Resolve device, dtype and compile, and print each choice with its reason."""
+    cfg = run.cfg
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    cuda = torch.cuda.is_available()
+    run.device = torch.device(("cuda" if cuda else "cpu") if cfg.device == "auto" else cfg.device)
+    print(f"device {run.device} ({'asked for' if cfg.device != 'auto' else 'CUDA found' if cuda else 'no CUDA found'}), "
+          f"{torch.get_num_threads()} CPU threads")
+    if cfg.dtype == "auto":
+        x = torch.randn(512, 512, device=run.device)
+        speed = {}
+        for dtype in (torch.float32, torch.bfloat16):
+            y = x.to(dtype)
+            times = []
+            for _ in range(4):  # the first is a warm-up
+                begin = time.perf_counter()
+                y = (y @ y).clamp(-1, 1)
+                y.sum().item()  # waits for the device
+                times.append(time.perf_counter() - begin)
+            speed[dtype] = 1 / min(times[1:])
+        ratio = speed[torch.bfloat16] / speed[torch.float32]
+        run.dtype = torch.bfloat16 if ratio > 1.3 else torch.float32
+        print(f"dtype {run.dtype} (bfloat16 matrix products measured at {ratio:.2g}x the speed of float32)")
+    else:
+        run.dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[cfg.dtype]
+        print(f"dtype {run.dtype} (asked for)")
+    if cfg.compile == "auto":
+        # Triton is what inductor needs on CUDA. On CPU inductor gained nothing for models of this size.
+        from torch.utils._triton import has_triton
+        run.compiler, reason = (("off", "inductor gains nothing on CPU at these sizes") if run.device.type == "cpu"
+                                else ("inductor", "Triton found") if has_triton() else ("cudagraphs", "no Triton"))
+    else:
+        run.compiler, reason = cfg.compile, "asked for"
+    print(f"compile {run.compiler} ({reason})")
+
+
+def autocast(run):
+    return torch.autocast(run.device.type, torch.bfloat16, enabled=run.dtype == torch.bfloat16)
+
+
+# ------------------------------------------------------------------------------------------------ 4. data
+
+PURPOSES = ("init", "base", "control", "meta", "policy", "raw", "eval")
+EVAL_SEED = 10 ** 6  # evaluation layouts are the same for every seed
+
+
+def seed_everything(seed, purpose, k):
+    """Seed torch for step k of a purpose and return a numpy Generator for the same step (see the top of this file)."""
+    sequence = np.random.SeedSequence([seed, PURPOSES.index(purpose), k])
+    torch.manual_seed(int(sequence.generate_state(1)[0]))
+    return np.random.default_rng(sequence)
+
+
+CHUNK = 32  # batches drawn at once, so that episodes of similar length share a batch and little padding is left
+
+
+def batches(run, purpose, size, eps, first, last):
+    """Yield (step, batch) for steps first .. last-1; batch: dict of tensors obs (B, T+1, K), action, subgoal, mask, switches (B, T).
+
+    Any step can be the first: what it contains depends on (seed, purpose, step) alone.
+    """
+    world = world_of(run.cfg)
+    for chunk in range(first // CHUNK, (last - 1) // CHUNK + 1):
+        rng = seed_everything(run.cfg.seed, purpose, chunk)
+        data = generate(world, rng, CHUNK * size, eps)
+        by_length = data.length.argsort(kind="stable").reshape(CHUNK, size)  # CHUNK batches of equal-length episodes
+        for step, rows in enumerate(by_length[rng.permutation(CHUNK)], start=chunk * CHUNK):
+            if first <= step < last:
+                seed_everything(run.cfg.seed, purpose, step)
+                yield step, tensors(run, data[rows])
+
+
+def tensors(run, data):
+    return {name: torch.from_numpy(value).to(run.device) for name, value in
+            {"obs": data.obs(), "action": data.action, "subgoal": data.subgoal, "mask": data.mask(), "switches": data.switches()}.items()}
+
+
+def evaluation_data(run, eps, n=1024):
+    """A fixed set of expert episodes as tensors, and its exact bounds in nats per step (see envs.exact_bounds)."""
+    world = world_of(run.cfg)
+    data = generate(world, np.random.default_rng(EVAL_SEED), n, eps)
+    bayes, known, _ = exact_bounds(world, data, eps)
+    return tensors(run, data), bayes[data.mask()].mean(), known[data.mask()].mean()
+
+
+# ------------------------------------------------------------------------------------------------ 5. stages
+
+def world_of(cfg):
+    return World(cfg.G, cfg.O, cfg.W, cfg.T, cfg.task_set)
+
+
+def new_base(run):
+    cfg, world = run.cfg, world_of(run.cfg)
+    model = SequenceModel(world.cells, world.things, cfg.width, cfg.layers, cfg.heads, cfg.hidden, cfg.buckets, cfg.layer, cfg.lam, cfg.mixer)
+    if run.compiler != "off":
+        for block in model.blocks:
+            block.compile(backend=run.compiler, dynamic=run.compiler == "inductor" or None)  # in place: names in checkpoints stay
+    return model.to(run.device)
+
+
+def new_metacontroller(run):
+    cfg = run.cfg
+    return Metacontroller(cfg.width, cfg.n_z, cfg.n_h, cfg.n_s, cfg.rank, cfg.gate, cfg.encoder_hidden, cfg.decoder_hidden).to(run.device)
+
+
+def adamw(model, lr, wd):
+    return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=wd, betas=(.9, .999), fused=True)
+
+
+def optimise(loss, model, optimizer):
+    """One step. NOT in paper: the gradient's norm is cut at 1, which keeps rare batches from undoing many good ones."""
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
+    optimizer.step()
+
+
+def pretrain(run):
+    """Stage 1 (C.1.2): the base model, frozen afterwards."""
+    cfg, world = run.cfg, world_of(run.cfg)
+    seed_everything(cfg.seed, "init", 0)
+    base = new_base(run)
+    optimizer = adamw(base, cfg.base_lr, cfg.base_wd)
+    first, seconds, done = resume(run, "base", base, optimizer)
+    if not done:
+        test, bayes, known = evaluation_data(run, cfg.eps)
+        uniform = np.log(4)
+        saver = Saver(run, "base", base, optimizer, seconds)
+        bar = tqdm(total=cfg.base_steps, initial=first, desc="pretrain", unit="step", mininterval=1)
+        for step, batch in batches(run, "base", cfg.base_batch, cfg.eps, first, cfg.base_steps):
+            left = (cfg.base_steps - step) / max(cfg.base_decay * cfg.base_steps, 1)
+            for group in optimizer.param_groups:  # NOT in paper (constant rate): warm-up and decay, for short trainings
+                group["lr"] = cfg.base_lr * min(1., (step + 1) / max(cfg.base_warmup, 1), left if cfg.base_decay else 1.)
+            with autocast(run):
+                loss, _ = pretraining_loss(base, batch["obs"], batch["action"], batch["mask"])
+            require_finite(loss, run, "base", step)
+            optimise(loss, base, optimizer)
+            bar.update()
+            done = step + 1 == cfg.base_steps
+            if done or (step + 1) % max(cfg.base_steps // cfg.evaluations, 1) == 0:
+                with torch.no_grad(), autocast(run):
+                    nll = pretraining_loss(base, test["obs"], test["action"], test["mask"])[1].item()
+                log(run, "base", bar, ("nll", "bayes", "known", "gap_closed", "episodes_per_s"), step=step + 1, seconds=saver.seconds(),
+                    episodes=(step + 1) * cfg.base_batch, nll=nll, bayes=bayes, known=known, gap_closed=(uniform - nll) / (uniform - bayes),
+                    train_loss=loss.item(), episodes_per_s=(step + 1) * cfg.base_batch / saver.seconds())
+            saver.step(step + 1, done)
+        bar.close()
+    return base.requires_grad_(False).eval()
+
+
+def control(run):
+    """C.3: one controller per true subgoal. Its success is the ceiling of internal RL."""
+    cfg, world = run.cfg, world_of(run.cfg)
+    base = pretrain(run)
+    seed_everything(cfg.seed, "init", 1)
+    decoder = Decoder(len(world.subgoals), cfg.width, cfg.rank, cfg.decoder_hidden).to(run.device)
+    optimizer = adamw(decoder, cfg.control_lr, cfg.control_wd)
+    first, seconds, done = resume(run, "control", decoder, optimizer)
+    if not done:
+        test, bayes, known = evaluation_data(run, 0.)
+        saver = Saver(run, "control", decoder, optimizer, seconds)
+        bar = tqdm(total=cfg.control_steps, initial=first, desc="control", unit="step", mininterval=1)
+        for step, batch in batches(run, "control", cfg.control_batch, 0., first, cfg.control_steps):
+            with autocast(run):
+                loss = control_loss(base, decoder, batch["obs"][:, :-1], batch["action"], batch["subgoal"], batch["mask"])
+            require_finite(loss, run, "control", step)
+            optimise(loss, decoder, optimizer)
+            bar.update()
+            done = step + 1 == cfg.control_steps
+            if done or (step + 1) % max(cfg.control_steps // cfg.evaluations, 1) == 0:
+                with torch.no_grad(), autocast(run):
+                    nll = control_loss(base, decoder, test["obs"][:, :-1], test["action"], test["subgoal"], test["mask"]).item()
+                rng = seed_everything(EVAL_SEED, "eval", 0)
+                success = control_success(base, decoder, world, rng, cfg.eval_episodes)
+                log(run, "control", bar, ("nll", "known", "success"), step=step + 1, seconds=saver.seconds(), nll=nll, bayes=bayes,
+                    known=known, success=success, layer=cfg.layer)
+            saver.step(step + 1, done)
+        bar.close()
+    return decoder.requires_grad_(False).eval()
+
+
+def suffix(run):
+    """The forced-switching rival keeps its own files beside the metacontroller's."""
+    return "-forced" if run.cfg.gate == "forced" else ""
+
+
+def discover(run):
+    """Stage 2 (C.4): the metacontroller on the frozen base, on clean demonstrations (C.4.4)."""
+    cfg, world, name = run.cfg, world_of(run.cfg), "meta" + suffix(run)
+    base = pretrain(run)
+    seed_everything(cfg.seed, "init", 2)
+    meta = new_metacontroller(run)
+    optimizer = adamw(meta, cfg.meta_lr, cfg.meta_wd)
+    first, seconds, done = resume(run, name, meta, optimizer)
+    if not done:
+        test, bayes, known = evaluation_data(run, 0.)
+        saver = Saver(run, name, meta, optimizer, seconds)
+        bar = tqdm(total=cfg.meta_steps, initial=first, desc="discover", unit="step", mininterval=1)
+        for step, batch in batches(run, "meta", cfg.meta_batch, 0., first, cfg.meta_steps):
+            # NOT in paper: alpha grows from 0. With alpha in full from the start the code is given up before it carries anything.
+            alpha = cfg.alpha * min(1., (step + 1) / max(cfg.alpha_ramp, 1))
+            noise = torch.randn(*batch["action"].shape, cfg.n_z, device=run.device)
+            with autocast(run):
+                loss, _ = discovery_loss(base, meta.train(), batch["obs"][:, :-1], batch["action"], batch["mask"], noise, alpha)
+            require_finite(loss, run, name, step)
+            optimise(loss, meta, optimizer)
+            bar.update()
+            done = step + 1 == cfg.meta_steps
+            if done or (step + 1) % max(cfg.meta_steps // cfg.evaluations, 1) == 0:
+                rng = seed_everything(EVAL_SEED, "eval", 1)
+                noise = torch.randn(*test["action"].shape, cfg.n_z, device=run.device)
+                with torch.no_grad(), autocast(run):
+                    _, out = discovery_loss(base, meta.eval(), test["obs"][:, :-1], test["action"], test["mask"], noise, alpha)
+                scores = gate_scores(out["beta"], test["switches"], test["mask"])
+                identity, most = code_identity(base, meta.decoder, world, rng, n_z=cfg.n_z)
+                _, success, _ = internal_episodes(base, meta, world, rng, cfg.eval_episodes)
+                log(run, name, bar, ("nll", "known", "kl_per_episode", "switches", "true_switches", "precision", "recall", "f1", "undecided",
+                                     "code_identity", "code_success"),
+                    step=step + 1, seconds=saver.seconds(), alpha=alpha, nll=out["nll"].item(), bayes=bayes, known=known,
+                    kl_per_episode=out["kl"].item() * test["mask"].sum(1).float().mean().item(), **scores,
+                    code_identity=identity, code_identity_max=most, code_success=success.mean().item())
+                T = int(test["mask"][0].sum())
+                bar.write("      subgoal " + "".join(str(g) for g in test["subgoal"][0, :T].tolist()))
+                bar.write("      gate    " + "".join("^" if b > .5 else "-" if b > .1 else "." for b in out["beta"][0, :T].tolist()))
+            saver.step(step + 1, done)
+        bar.close()
+    return base, meta.requires_grad_(False).eval()
+
+
+def visited(world, data, row):
+    """The colours that episode `row` visited, in order, as text: '0-4-1'."""
+    cells = data.agent[row, :data.length[row] + 1]
+    colour = {cell: c for c, cell in enumerate(data.things[row, :world.O])}
+    return "-".join(str(colour[b]) for a, b in zip(cells[:-1], cells[1:]) if a != b and b in colour) or "none"
+
+
+def rl(run):
+    """Stage 3 (C.5): internal RL on the post-training task, which no demonstration ever showed."""
+    cfg, world, name = run.cfg, world_of(run.cfg), "policy" + suffix(run)
+    base, meta = discover(run)
+    seed_everything(cfg.seed, "init", 3)
+    policy = Policy(cfg.width, cfg.n_z, cfg.policy_width, min_std=cfg.min_std).to(run.device)
+    optimizer = adamw(policy, cfg.rl_lr, 0.)  # Table A13: weight decay 0
+    first, seconds, done = resume(run, name, policy, optimizer)
+    if not done:
+        saver = Saver(run, name, policy, optimizer, seconds)
+        bar = tqdm(total=cfg.rl_updates, initial=first, desc="internal RL", unit="update", mininterval=1)
+        for step in range(first, cfg.rl_updates):
+            rng = seed_everything(cfg.seed, "policy", step)
+            report = internal_rl_step(base, meta, policy, optimizer, world, rng, cfg.rl_batch, cfg.rl_epochs, cfg.rl_clip)
+            bar.update()
+            done = step + 1 == cfg.rl_updates
+            log_line = {"step": step + 1, "seconds": saver.seconds(), "episodes": (step + 1) * cfg.rl_batch, **report}
+            if done or (step + 1) % max(cfg.rl_updates // cfg.evaluations, 1) == 0:
+                rng = seed_everything(EVAL_SEED, "eval", 2)
+                data, success, env = internal_episodes(base, meta, world, rng, cfg.eval_episodes, policy)
+                log(run, name, bar, ("episodes", "success", "abstract_actions", "std", "eval_success"), **log_line, eval_success=success.mean().item())
+                bar.write(f"      task {'-'.join(map(str, world.post_task))}  visited {visited(world, data, 0)}  gate "
+                          + "".join("^" if b > .5 else "." for b in env.gates[0, :data.length[0]].tolist()))
+            saver.step(step + 1, done)
+        bar.close()
+    return base, meta, policy.requires_grad_(False).eval()
+
+
+def raw(run):
+    """The rival (C.5.3): the same update, the same episodes, on raw actions."""
+    cfg, world = run.cfg, world_of(run.cfg)
+    base = pretrain(run).requires_grad_(True)
+    optimizer = adamw(base, cfg.raw_lr, 0.)
+    first, seconds, done = resume(run, "raw", base, optimizer)
+    if not done:
+        saver = Saver(run, "raw", base, optimizer, seconds)
+        bar = tqdm(total=cfg.rl_updates, initial=first, desc="raw-action RL", unit="update", mininterval=1)
+        for step in range(first, cfg.rl_updates):
+            rng = seed_everything(cfg.seed, "raw", step)
+            report = raw_rl_step(base, optimizer, world, rng, cfg.rl_batch, cfg.rl_epochs, cfg.rl_clip)
+            bar.update()
+            done = step + 1 == cfg.rl_updates
+            if done or (step + 1) % max(cfg.rl_updates // cfg.evaluations, 1) == 0:
+                rng = seed_everything(EVAL_SEED, "eval", 2)
+                _, success, _ = play(base, world, [world.post_task] * cfg.eval_episodes, rng)
+                log(run, "raw", bar, ("episodes", "success", "eval_success"), step=step + 1, seconds=saver.seconds(),
+                    episodes=(step + 1) * cfg.rl_batch, **report, eval_success=success.mean().item())
+            saver.step(step + 1, done)
+        bar.close()
+    return base.requires_grad_(False).eval()
+
+
+def evaluate(run):
+    """Success of everything that has been trained, on the same fresh episodes of the post-training task."""
+    cfg, world, n = run.cfg, world_of(run.cfg), run.cfg.eval_episodes
+    rows = []
+    base = pretrain(run)
+    fresh_rng = lambda: seed_everything(EVAL_SEED, "eval", 3)
+    exists = lambda name: (run.folder / f"{name}.pt").exists()
+    _, success, _ = play(base, world, [world.post_task] * n, fresh_rng())
+    rows.append(("blind sampling from the base model", success.mean()))
+    if exists("control"):
+        rows.append(("true-subgoal controllers (C.3)", control_success(base, control(run), world, fresh_rng(), n)))
+    if exists("meta" + suffix(run)):
+        base, meta = discover(run)
+        rows.append(("codes from the prior, before RL", internal_episodes(base, meta, world, fresh_rng(), n)[1].mean()))
+    if exists("policy" + suffix(run)):
+        base, meta, policy = rl(run)
+        rows.append(("internal RL" + (", forced switching" if suffix(run) else ""),
+                     internal_episodes(base, meta, world, fresh_rng(), n, policy)[1].mean()))
+    if exists("raw"):
+        rows.append(("raw-action RL", play(raw(run), world, [world.post_task] * n, fresh_rng())[1].mean()))
+    print(f"\nsuccess on the post-training task {'-'.join(map(str, world.post_task))}, {n} episodes, sampled actions")
+    for text, success in rows:
+        print(f"  {text:40} {success:.4f}")
+    write_atomically(run.folder / f"eval{suffix(run)}.json", json.dumps({text: float(success) for text, success in rows}).encode())
+
+
+# ------------------------------------------------------------------------------------------------ 6. command line
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"train.py: {message}\n")  # one sentence, without the page of usage
+
+
+def parse(argv):
+    """Command line -> (Run, stage, rival). Exits with code 2 on anything unknown."""
+    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--stage", choices=STAGES, default="rl")
+    parser.add_argument("--preset", choices=PRESETS, default="grid-small")
+    parser.add_argument("--rival", choices=RIVALS, default="none", help="raw: raw-action RL alone; forced: beta = 1 from stage 2 on")
+    parser.add_argument("--out", default="runs", help="folder for checkpoints and logs")
+    parser.add_argument("--fresh", action="store_true", help="train the stage and all its inputs again")
+    for field in dataclasses.fields(Config):
+        parser.add_argument(f"--{field.name}", type=field.type, metavar=field.type.__name__, help=field.metadata["help"])
+    args = vars(parser.parse_args(argv))
+    chosen = {field.name: args[field.name] for field in dataclasses.fields(Config) if args[field.name] is not None}
+    cfg = dataclasses.replace(PRESETS[args["preset"]], **chosen)
+    if args["rival"] == "forced":
+        cfg.gate = "forced"
+    check(cfg)
+    run = Run(cfg, args["preset"], Path(args["out"]) / args["preset"] / f"seed{cfg.seed}", set())
+    if args["fresh"]:
+        run.fresh = {"base", "control", "meta" + suffix(run), "policy" + suffix(run), "raw"}
+    return run, args["stage"], args["rival"]
+
+
+def main(argv=None):
+    try:
+        run, stage, rival = parse(argv)
+        for name in ("base", "control", "meta" + suffix(run), "policy" + suffix(run), "raw"):
+            read_checkpoint(run, name)  # refuse bad files now, not after an hour of training
+        print(f"{run.preset}, seed {run.cfg.seed}: " + " ".join(f"{k}={v}" for k, v in dataclasses.asdict(run.cfg).items()))
+        choose_device(run)
+        if stage == "rl" and rival == "raw":
+            raw(run)
+        elif stage == "rl":
+            control(run)
+            rl(run)
+            if rival == "none":
+                raw(run)
+        elif stage != "eval":
+            {"pretrain": pretrain, "control": control, "discover": discover}[stage](run)
+        if stage in ("rl", "eval"):
+            evaluate(run)
+    except Refused as refusal:
+        print(f"train.py: {refusal}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ntrain.py: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
