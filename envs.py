@@ -423,11 +423,14 @@ def simulate(world, tasks, things, agent, act):
 
 
 def generate(world, rng, n, eps=0.0, tasks=None):
-    """n successful expert episodes on uniformly drawn tasks (default: the pretraining tasks). Failed ones are dropped (C.1.1)."""
+    """n successful expert episodes on uniformly drawn tasks (default: the pretraining tasks). Failed ones are dropped (C.1.1).
+
+    Raises ValueError if fewer than one in a thousand succeeds: such a world has no experts worth the name.
+    """
     tasks = tasks or world.tasks
     parts, have, tried = [], 0, 0
     while have < n:
-        m = max(256, int((n - have) * 1.1))
+        m = min(max(256, int((n - have) * 1.1)), 8192)  # in portions, to bound the memory
         things, agent = sample_layouts(world, rng, m)
         dist = distances(world, things)
 
@@ -444,8 +447,8 @@ def generate(world, rng, n, eps=0.0, tasks=None):
         played, success = simulate(world, [tasks[i] for i in rng.integers(len(tasks), size=m)], things, agent, expert)
         keep = np.flatnonzero(success & ~stuck)
         tried += m
-        if tried > 100_000 and have + len(keep) == 0:
-            raise ValueError(f"impossible world: no expert finished a task within T={world.T} steps in {tried} layouts")
+        if tried >= 10_000 and have + len(keep) < tried / 1000:
+            raise ValueError(f"impossible world: the expert finished a task within T={world.T} steps in only {have + len(keep)} of {tried} layouts")
         if len(keep):
             parts.append(played[keep])
             have += len(keep)
@@ -495,13 +498,14 @@ def exact_bounds(world, data, eps=0.0):
         targets[i, :len(task)], labels[i, :len(task)] = task, [label for label, _ in world.subgoal_of(task)]
     bayes, beliefs = np.zeros((N, T)), np.zeros((N, T, len(world.subgoals)))
     for t in range(T):
-        # Where each task would be heading now; a task that is already finished could not have gone on: likelihood 0.
+        # Where each task would be heading now. A task that is finished is ruled out: its episode would have ended.
         target = targets[:, np.minimum(data.progress[:, t], targets.shape[1] - 1)].T  # (N, tasks)
         label = labels[:, np.minimum(data.progress[:, t], targets.shape[1] - 1)].T
-        posterior = posterior / posterior.sum(1, keepdims=True).clip(1e-300)
+        posterior = np.where(mask[:, t, None], posterior * (target >= 0), posterior)
+        posterior = posterior / posterior.sum(1, keepdims=True)
         for s in range(len(world.subgoals)):
             beliefs[:, t, s] = (posterior * (label == s)).sum(1)
-        likelihood = np.where(target >= 0, np.take_along_axis(taken[:, t], target.clip(0), axis=1), 0.)  # (N, tasks)
+        likelihood = np.take_along_axis(taken[:, t], target.clip(0), axis=1)  # (N, tasks)
         posterior = np.where(mask[:, t, None], posterior * likelihood, posterior)
         # A wrong colour entered has likelihood 0 under the task in question, so `progress` is right for every task still alive.
         bayes[:, t] = -np.log(np.where(mask[:, t], posterior.sum(1), 1.))

@@ -137,7 +137,7 @@ class Metacontroller(nn.Module):
                     logit = logit + torch.log(uniform) - torch.log1p(-uniform)  # logistic noise
                 beta = torch.sigmoid(logit)
                 if self.gate == "gumbel":
-                    beta = (beta > .5).float() + beta - beta.detach()  # forward hard, gradient of the sigmoid
+                    beta = (beta > .5).float() + (beta - beta.detach())  # forward hard, gradient of the sigmoid
             z = beta[:, None] * proposal_t + (1 - beta[:, None]) * z  # Eq. 17
             codes.append(z)
             betas.append(beta)

@@ -134,7 +134,7 @@ class Refused(Exception):
 def check(cfg):
     """Raise Refused unless this configuration can work. Called before anything is written."""
     try:
-        world_of(cfg)
+        generate(world_of(cfg), np.random.default_rng(0), 8)
     except ValueError as error:
         raise Refused(str(error)) from None
     for name in ("width", "layers", "heads", "hidden", "buckets", "n_z", "n_h", "n_s", "policy_width", "rl_epochs", "eval_episodes",

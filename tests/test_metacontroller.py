@@ -1,0 +1,199 @@
+"""Controllers and the metacontroller: what is written, what may be read, where gradients go."""
+
+import numpy as np
+import pytest
+import torch
+
+from envs import World, generate
+from metacontroller import Decoder, Metacontroller, control_loss, discovery_loss, gate_scores, kl_to_prior
+from model import SequenceModel, action_nll
+
+WORLD = World(G=4, O=5, W=1, T=30, task_set="errands")
+
+
+def frozen_base():
+    torch.manual_seed(0)
+    return SequenceModel(WORLD.cells, WORLD.things, 32, 2, 4, 48, 8, 1).requires_grad_(False)
+
+
+def metacontroller(gate="soft", rank=4, seed=1):
+    torch.manual_seed(seed)
+    return Metacontroller(32, n_z=3, n_h=8, n_s=8, rank=rank, gate=gate, encoder_hidden=16, decoder_hidden=16)
+
+
+def batch(n=5, seed=0):
+    data = generate(WORLD, np.random.default_rng(seed), n)
+    return {"obs": torch.from_numpy(data.obs()[:, :-1]), "action": torch.from_numpy(data.action), "mask": torch.from_numpy(data.mask()),
+            "subgoal": torch.from_numpy(data.subgoal)}
+
+
+def loss_of(base, meta, data, alpha=.1, noise=None):
+    noise = torch.zeros(*data["action"].shape, meta.n_z) if noise is None else noise
+    return discovery_loss(base, meta, data["obs"], data["action"], data["mask"], noise, alpha)
+
+
+@pytest.mark.parametrize("rank", [4, 0])
+def test_controller_is_e_plus_U_e(rank):
+    """Eq. 11 with the matrix built: not a gain per channel, not a bias."""
+    torch.manual_seed(0)
+    decoder = Decoder(3, 32, rank).double()
+    e, z = torch.randn(2, 5, 32).double(), torch.randn(2, 5, 3).double()
+    U = decoder.matrix(z)
+    assert U.shape == (2, 5, 32, 32)
+    assert torch.allclose(decoder(e, z), e + torch.einsum("btij,btj->bti", U, e))
+    assert torch.linalg.matrix_rank(U).unique().tolist() == [rank or 32]
+    assert torch.allclose(decoder(2 * e, z), 2 * decoder(e, z))  # linear in e
+    assert not torch.allclose(U, torch.diag_embed(U.diagonal(dim1=-2, dim2=-1)))
+
+
+@pytest.mark.parametrize("gate", ["soft", "gumbel", "forced"])
+def test_action_loss_alone_reaches_every_part(gate):
+    """alpha = 0: encoder, embedder, GRU, switch and decoder must all be taught by the actions, through the frozen upper blocks."""
+    base, meta = frozen_base(), metacontroller(gate)
+    loss, _ = loss_of(base, meta, batch(), alpha=0., noise=torch.randn(5, batch()["action"].shape[1], 3))
+    loss.backward()
+    silent = {name for name, p in meta.named_parameters() if p.grad is None or p.grad.abs().max() == 0}
+    assert silent == ({"switch_in.weight", "switch_in.bias", "switch_z.weight", "switch_out.weight", "switch_out.bias"} if gate == "forced" else set())
+    assert all(p.grad is None for p in base.parameters())
+
+
+def test_one_optimiser_step_moves_every_parameter_and_not_the_base():
+    import train
+    base, meta = frozen_base(), metacontroller()
+    before, base_before = ({k: v.clone() for k, v in m.state_dict().items()} for m in (meta, base))
+    optimizer = train.adamw(meta, 1e-3, 0.)
+    train.optimise(loss_of(base, meta, batch())[0], meta, optimizer)
+    assert all(not torch.equal(before[k], v) for k, v in meta.state_dict().items())
+    assert all(torch.equal(base_before[k], v) for k, v in base.state_dict().items())
+
+
+def test_control_loss_follows_the_label_and_its_gradient_reaches_the_decoder():
+    base, data = frozen_base(), batch()
+    torch.manual_seed(0)
+    decoder = Decoder(4, 32, 4)
+    loss = control_loss(base, decoder, **data)
+    loss.backward()
+    assert all(p.grad.abs().max() > 0 for p in decoder.parameters())
+    # By hand: each step under the matrix of its own subgoal.
+    U = decoder.matrix(torch.eye(4))[data["subgoal"]]  # (B, T, D, D)
+    e = base.lower(data["obs"])
+    nll = action_nll(base.action_logits(e + (U @ e[..., None])[..., 0]), data["action"])
+    assert torch.allclose(loss, nll[data["mask"]].mean(), atol=1e-5)
+
+
+@pytest.mark.parametrize("bias, kept", [(1e4, False), (-1e4, True)])
+def test_gate_limits(bias, kept):
+    """Eq. 17: beta = 1 takes the new proposal, beta = 0 keeps the first code for ever."""
+    meta = metacontroller()
+    torch.nn.init.constant_(meta.switch_out.bias, bias)
+    torch.manual_seed(2)
+    e, noise = torch.randn(2, 9, 32), torch.randn(2, 9, 3)
+    z, beta, mu, logvar = meta(e, torch.tensor([9, 9]), noise)
+    proposal = mu + noise * torch.exp(logvar / 2)
+    assert (beta[:, 1:] == (0 if kept else 1)).all() and (beta[:, 0] == 1).all()
+    assert torch.allclose(z, proposal[:, :1].expand_as(z) if kept else proposal)
+
+
+def test_integration_equals_the_equations_step_by_step_gradients_included():
+    """Eq. 12-17 in a plain loop: h_t-1 not h_t, the integrated z_t-1 not the proposal, and nothing detached."""
+    meta = metacontroller()
+    torch.manual_seed(3)
+    e, noise = torch.randn(2, 7, 32).requires_grad_(), torch.randn(2, 7, 3)
+    length = torch.tensor([7, 7])
+
+    def reference():
+        x = torch.nn.functional.layer_norm(e, (32,))
+        s = meta.embedder(x, length)
+        h, z = torch.zeros(2, 8), None
+        codes, betas = [], []
+        for t in range(7):
+            mu, logvar = meta.encoder(torch.cat([x[:, t], h, s], 1)).chunk(2, 1)
+            proposal = mu + noise[:, t] * (logvar / 2).exp()
+            if t == 0:
+                beta, z = torch.ones(2), proposal
+            else:
+                hidden = torch.relu(meta.switch_in(torch.cat([x[:, t], h], 1)) + meta.switch_z(z))
+                beta = torch.sigmoid(meta.switch_out(hidden)[:, 0])
+                z = beta[:, None] * proposal + (1 - beta)[:, None] * z
+            h = meta.gru(x[:, t:t + 1], h[None])[1][0]
+            codes.append(z)
+            betas.append(beta)
+        return torch.stack(codes, 1), torch.stack(betas, 1)
+
+    z, beta, _, _ = meta(e, length, noise)
+    z_ref, beta_ref = reference()
+    assert torch.allclose(z, z_ref, atol=1e-6) and torch.allclose(beta, beta_ref, atol=1e-6)
+    weight = torch.randn_like(z)
+    parameters = [e, *meta.parameters()]
+    grads = [torch.autograd.grad((out * weight).sum(), parameters, allow_unused=True) for out in (z, z_ref)]
+    for mine, theirs in zip(*grads):
+        assert (mine is None and theirs is None) or torch.allclose(mine, theirs, atol=1e-5)
+
+
+def test_the_gate_is_causal_and_the_code_is_not():
+    meta = metacontroller()
+    torch.manual_seed(4)
+    e = torch.randn(1, 10, 32)
+    proposal = torch.randn(1, 10, 3)
+    changed = e.clone()
+    changed[:, 6:] = torch.randn(1, 4, 32)
+    length = torch.tensor([10])
+    gates = [meta.integrate(proposal, meta.encode(x, length)[2])[1] for x in (e, changed)]  # same codes, other future
+    assert torch.allclose(gates[0][:, :6], gates[1][:, :6], atol=1e-6) and not torch.allclose(gates[0][:, 6:], gates[1][:, 6:], atol=1e-4)
+    mu = [meta.encode(x, length)[0] for x in (e, changed)]
+    assert (mu[0][:, :6] - mu[1][:, :6]).abs().max() > 1e-4  # the encoder sees the whole sequence through s
+
+
+def test_sequence_embedding_is_one_vector_of_the_real_steps():
+    meta = metacontroller()
+    torch.manual_seed(5)
+    e = torch.randn(2, 10, 32)
+    s = meta.embedder(e, torch.tensor([10, 6]))
+    assert s.shape == (2, 8)
+    padded = e.clone()
+    padded[1, 6:] = 99.
+    assert torch.allclose(meta.embedder(padded, torch.tensor([10, 6])), s)
+    for t in range(6):  # every step counts
+        other = e.clone()
+        other[1, t] += 1.
+        assert (meta.embedder(other, torch.tensor([10, 6]))[1] - s[1]).abs().max() > 1e-5
+
+
+def test_kl_is_the_sum_over_dimensions_counted_once_and_without_padding():
+    torch.manual_seed(6)
+    mu, logvar = torch.randn(4, 3), torch.randn(4, 3)
+    normal = torch.distributions.Normal
+    exact = torch.distributions.kl_divergence(normal(mu, (logvar / 2).exp()), normal(0., 1.)).sum(-1)
+    assert torch.allclose(kl_to_prior(mu, logvar), exact)
+
+    base, meta, data = frozen_base(), metacontroller(), batch()
+    loss, out = loss_of(base, meta, data, alpha=.3)
+    assert torch.allclose(loss, out["nll"] + .3 * out["kl"])
+    e = base.lower(data["obs"])
+    mu, logvar, _ = meta.encode(e, data["mask"].sum(1))
+    assert torch.allclose(out["kl"], kl_to_prior(mu, logvar)[data["mask"]].mean())  # soft gate: every step, not weighted by beta
+    longer = {k: torch.cat([v, torch.zeros_like(v[:, :4])], dim=1) for k, v in data.items()}
+    assert torch.allclose(loss, loss_of(base, meta, longer, alpha=.3)[0], atol=1e-5)
+
+
+def test_gumbel_gate_is_binary_and_pays_only_where_it_opens():
+    base, meta, data = frozen_base(), metacontroller("gumbel"), batch()
+    torch.manual_seed(7)
+    torch.nn.init.normal_(meta.switch_out.weight, std=3.)
+    _, out = loss_of(base, meta, data)
+    assert set(out["beta"].detach().unique().tolist()) == {0., 1.}
+    mu, logvar, _ = meta.encode(base.lower(data["obs"]), data["mask"].sum(1))
+    assert torch.allclose(out["kl"], (kl_to_prior(mu, logvar) * out["beta"])[data["mask"]].sum() / data["mask"].sum())
+    meta.eval()  # no noise: the same gates twice
+    assert torch.equal(loss_of(base, meta, data)[1]["beta"], loss_of(base, meta, data)[1]["beta"])
+
+
+def test_gate_scores_by_hand():
+    beta = torch.tensor([[.9, .1, .8, .05, .5, .95, .9]])
+    true = torch.tensor([[0, 0, 1, 0, 1, 0, 0]], dtype=torch.bool)
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1, 0]], dtype=torch.bool)
+    scores = gate_scores(beta, true, mask)  # found at 2 and 5; t=0 never counts, the padding neither
+    assert scores["switches"] == 2 and scores["true_switches"] == 2
+    assert scores["precision"] == .5 and scores["recall"] == .5 and scores["f1"] == .5
+    assert scores["f1_1"] == 1.  # 5 is one step from 4
+    assert np.isclose(scores["undecided"], 2 / 5)  # .8 and .5 of the five gates after t=0

@@ -1,0 +1,230 @@
+"""The command line as a user meets it: the whole path, interruptions, wrong input. All on the smoke preset."""
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+
+ROOT = Path(__file__).resolve().parents[1]
+# Even smaller than smoke, where only the machinery is tested.
+TINY = ["--preset", "smoke", "--threads", "1", "--base_steps", "70", "--control_steps", "40", "--meta_steps", "45", "--rl_updates", "6",
+        "--eval_episodes", "40", "--evaluations", "2"]
+NAMES = ("base", "control", "meta", "policy", "raw")
+
+
+def command(out, *more):
+    return [sys.executable, str(ROOT / "train.py"), *TINY, "--out", str(out), *more]
+
+
+def weights(out, name):
+    return torch.load(Path(out) / "smoke" / "seed0" / f"{name}.pt", weights_only=True)["model"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder in which every stage has run once, uninterrupted, and what it printed."""
+    out = tmp_path_factory.mktemp("finished")
+    done = subprocess.run(command(out), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def test_one_command_runs_every_stage_and_ends_with_the_comparison(finished):
+    out, text = finished
+    folder = out / "smoke" / "seed0"
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        [f"{name}.{kind}" for name in NAMES for kind in ("pt", "jsonl")] + ["eval.json"])
+    tail = text[text.index("success on the post-training task 0-2-1"):]
+    for row in ("blind sampling", "true-subgoal controllers", "codes from the prior", "internal RL", "raw-action RL"):
+        assert row in tail
+    for word in ("device cpu", "dtype torch.float32", "compile off"):  # each choice with its reason in brackets
+        assert f"{word} (" in text
+    logs = {name: train.read_log(train.Run(None, "smoke", folder, set()), name) for name in NAMES}
+    assert {"nll", "bayes", "known", "gap_closed", "episodes_per_s"} <= logs["base"][-1].keys()
+    assert {"nll", "success", "layer"} <= logs["control"][-1].keys()
+    assert {"nll", "kl_per_episode", "switches", "true_switches", "precision", "recall", "f1", "f1_1", "undecided", "code_identity",
+            "code_success"} <= logs["meta"][-1].keys()
+    assert {"success", "episodes", "abstract_actions", "std", "raw_steps"} <= logs["policy"][-1].keys()
+    assert all(line["step"] == steps for line, steps in ((logs["base"][-1], 70), (logs["policy"][-1], 6)))
+
+
+def test_a_finished_stage_is_reused_and_fresh_starts_again(finished, tmp_path):
+    out, _ = finished
+    before = {name: (out / "smoke" / "seed0" / f"{name}.pt").stat().st_mtime_ns for name in NAMES}
+    again = subprocess.run(command(out, "--stage", "discover"), capture_output=True, text=True)
+    assert again.returncode == 0 and "meta: finished earlier" in again.stdout and "discover:" not in again.stderr
+    assert before == {name: (out / "smoke" / "seed0" / f"{name}.pt").stat().st_mtime_ns for name in NAMES}
+    subprocess.run(["cp", "-r", str(out / "smoke"), str(tmp_path)], check=True)
+    fresh = subprocess.run(command(tmp_path, "--stage", "pretrain", "--fresh"), capture_output=True, text=True)
+    assert fresh.returncode == 0 and "reused" not in fresh.stdout
+    assert (tmp_path / "smoke" / "seed0" / "base.pt").stat().st_mtime_ns > before["base"]
+    assert same(weights(tmp_path, "base"), weights(out, "base"))  # same seed, same weights
+
+
+@pytest.mark.parametrize("stage, name", [("pretrain", "base"), ("control", "control"), ("discover", "meta"), ("rl", "policy"), ("rl", "raw")])
+def test_killed_at_any_moment_it_ends_with_the_same_weights(finished, tmp_path, stage, name):
+    """kill -9 at random moments, several times, then to the end: bit for bit the weights of the uninterrupted run."""
+    out, _ = finished
+    folder = tmp_path / "smoke" / "seed0"
+    folder.mkdir(parents=True)
+    needed = {"base": (), "control": ("base",), "meta": ("base",), "policy": ("base", "control", "meta"), "raw": ("base",)}[name]
+    for other in needed:
+        (folder / f"{other}.pt").write_bytes((out / "smoke" / "seed0" / f"{other}.pt").read_bytes())
+    line = command(tmp_path, "--stage", stage, "--save_seconds", "0", *(["--rival", "raw"] if name == "raw" else []))
+    chance, kills = random.Random(name), 0
+    for _ in range(2):
+        process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not (folder / f"{name}.pt").exists() and process.poll() is None:
+            time.sleep(.002)
+        time.sleep(chance.random() * .1)
+        if process.poll() is None and not torch.load(folder / f"{name}.pt", weights_only=True)["done"]:
+            kills += 1
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert kills > 0, "the stage finished before it could be killed: nothing was tested"
+    finish = subprocess.run(line, capture_output=True, text=True)
+    assert finish.returncode == 0 and f"{name}: continues at step" in finish.stdout
+    assert same(weights(tmp_path, name), weights(out, name))
+    steps = [entry["step"] for entry in map(json.loads, (folder / f"{name}.jsonl").read_text().splitlines())]
+    assert steps == sorted(set(steps))  # no evaluation is missing from the log or in it twice
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path):
+    process = subprocess.Popen(command(tmp_path, "--stage", "pretrain", "--base_steps", "100000"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "smoke" / "seed0").exists():
+        time.sleep(.01)
+    time.sleep(.5)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130 and "goes on from the last checkpoint" in err and "Traceback" not in err
+
+
+WRONG = {
+    "unknown flag": (["--learning_rate", "1"], "learning_rate"),
+    "abbreviated flag": (["--base_step", "1"], "base_step"),
+    "wrong type": (["--base_steps", "many"], "many"),
+    "unknown preset": (["--preset", "huge"], "huge"),
+    "unknown stage": (["--stage", "dream"], "dream"),
+    "more things than cells": (["--W", "6"], "cells"),
+    "too few colours": (["--O", "2"], "colours"),
+    "horizon too short": (["--T", "2"], "horizon"),
+    "unknown task set": (["--task_set", "none"], "task set"),
+    "heads do not divide": (["--heads", "5"], "heads"),
+    "no such layer": (["--layer", "9"], "layer"),
+    "negative alpha": (["--alpha", "-1"], "alpha"),
+    "no steps": (["--meta_steps", "0"], "meta_steps"),
+    "unknown gate": (["--gate", "ajar"], "gate"),
+    "eps of one": (["--eps", "1.0"], "eps"),
+    "no such device": (["--device", "tpu"], "device"),
+}
+
+
+def refused(argv, capsys):
+    """Run main; it must refuse in one sentence. Returns the sentence."""
+    try:
+        code = train.main(argv)
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capsys.readouterr()
+    assert code == 2 and len(err.strip().splitlines()) == 1 and "Traceback" not in err, err
+    return err
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_one_sentence_and_nothing_is_written(case, tmp_path, capsys):
+    flags, word = WRONG[case]
+    assert word in refused(["--preset", "smoke", "--out", str(tmp_path / "runs"), *flags], capsys)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_infeasible_world_is_refused_before_training(tmp_path, capsys):
+    """A world that exists but in which no expert can finish: horizon enough for the counting check, not for the walking."""
+    assert "the expert finished" in refused(["--preset", "smoke", "--G", "12", "--T", "4", "--task_set", "singles", "--O", "4", "--out", str(tmp_path / "runs")], capsys)
+    assert not (tmp_path / "runs").exists()
+
+
+def copied(finished, tmp_path):
+    subprocess.run(["cp", "-r", str(finished[0]), str(tmp_path / "runs")], check=True)
+    return tmp_path / "runs" / "smoke" / "seed0"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_truncated_checkpoint_is_refused(finished, tmp_path, capsys, name):
+    path = copied(finished, tmp_path) / f"{name}.pt"
+    content = path.read_bytes()
+    for size in (0, 100, len(content) // 2, len(content) - 20):
+        path.write_bytes(content[:size])
+        sentence = refused([*TINY, "--out", str(tmp_path / "runs")], capsys)
+        assert f"{name}.pt" in sentence and "damaged" in sentence
+        assert path.read_bytes() == content[:size]
+
+
+def test_a_checkpoint_of_another_preset_or_configuration_is_refused(finished, tmp_path, capsys):
+    folder = copied(finished, tmp_path)
+    (tmp_path / "runs" / "grid-small" / "seed0").mkdir(parents=True)
+    (tmp_path / "runs" / "grid-small" / "seed0" / "base.pt").write_bytes((folder / "base.pt").read_bytes())
+    sentence = refused(["--preset", "grid-small", "--out", str(tmp_path / "runs")], capsys)
+    assert "base.pt" in sentence and "preset=smoke" in sentence and "preset=grid-small" in sentence
+    for flag, value, name in (("--base_lr", "0.5", "base"), ("--alpha", "0.5", "meta"), ("--rl_lr", "0.5", "policy")):
+        sentence = refused([*TINY, "--out", str(tmp_path / "runs"), flag, value], capsys)
+        assert f"{name}.pt" in sentence and flag[2:] in sentence
+    # What a stage does not depend on may change: a base serves every metacontroller.
+    assert train.main([*TINY, "--stage", "pretrain", "--out", str(tmp_path / "runs"), "--eval_episodes", "7"]) == 0
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path, capsys, monkeypatch):
+    genuine, calls = train.pretraining_loss, [0]
+    def poisoned(*args):
+        calls[0] += 1
+        loss, nll = genuine(*args)
+        return (loss * float("nan") if calls[0] == 30 else loss), nll
+    monkeypatch.setattr(train, "pretraining_loss", poisoned)
+    assert train.main([*TINY, "--stage", "pretrain", "--out", str(tmp_path), "--save_seconds", "0", "--evaluations", "1"]) == 1
+    err = capsys.readouterr().err
+    assert "not finite at step 29" in err and "Traceback" not in err
+    saved = torch.load(tmp_path / "smoke" / "seed0" / "base.pt", weights_only=True)
+    assert saved["step"] == 29 and all(torch.isfinite(value).all() for value in saved["model"].values())
+
+
+def test_rivals_have_files_of_their_own(finished, tmp_path):
+    folder = copied(finished, tmp_path)
+    done = subprocess.run(command(tmp_path / "runs", "--rival", "forced"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "meta-forced.pt").exists() and (folder / "policy-forced.pt").exists() and "forced switching" in done.stdout
+    line = train.read_log(train.Run(None, "smoke", folder, set()), "policy-forced")[-1]
+    assert line["abstract_actions"] > 1.5  # a code at every step
+    assert same(weights(tmp_path / "runs", "meta"), weights(finished[0], "meta"))
+
+
+def test_any_step_can_be_the_first(tmp_path):
+    """What a step trains on depends on (seed, stage, step) alone: the root of resuming bit for bit."""
+    cfg = train.PRESETS["smoke"]
+    run = train.Run(cfg, "smoke", tmp_path, set())
+    def steps(first):
+        return {step: (batch["obs"].clone(), torch.randn(3)) for step, batch in train.batches(run, "base", 8, 0., first, 70)}
+    whole, part = steps(0), steps(37)
+    assert sorted(whole) == list(range(70)) and sorted(part) == list(range(37, 70))
+    assert all(torch.equal(a, b) for step in part for a, b in zip(whole[step], part[step]))
+
+
+def test_batches_waste_little_on_padding_and_leave_nothing_out():
+    cfg = train.PRESETS["grid-small"]
+    run = train.Run(cfg, "grid-small", Path("unused"), set())
+    masks = [batch["mask"] for _, batch in train.batches(run, "base", 32, 0., 0, train.CHUNK)]
+    assert np.mean([mask.float().mean() for mask in masks]) > .9
+    data = train.generate(train.world_of(cfg), train.seed_everything(0, "base", 0), train.CHUNK * 32)
+    assert sum(int(mask.sum()) for mask in masks) == data.length.sum()
+    assert os.path.exists("unused") is False
