@@ -1,0 +1,166 @@
+"""Draw what the runs measured: `python figures.py --preset grid-small` reads runs/ and writes pictures.
+
+  1. curves     training losses against the exact bounds (envs.exact_bounds)
+  2. success    success against episodes, linear and log axis, median and quartiles over seeds (Fig. 8, A5)
+  3. gate       gate against true subgoals in example episodes (Fig. 6, A3)
+  4. film       a GIF of the agent at the post-training task, with its gate and its code
+
+Each is drawn from the .jsonl logs and .pt files of all seeds found; one whose data is missing is skipped, saying so. Nothing is trained.
+"""
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display needed
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.animation import FuncAnimation, PillowWriter
+
+import train
+from envs import PALETTE, draw_grid, generate
+from internal_rl import internal_episodes
+
+LABELS = {"policy": "internal RL", "policy-forced": "forced switching", "raw": "raw-action RL"}
+
+
+def open_run(folder, name):
+    """A Run with the configuration that checkpoint `name` in this folder was made with."""
+    saved = torch.load(folder / f"{name}.pt", map_location="cpu", weights_only=True)["fingerprint"]
+    fields = {f.name for f in dataclasses.fields(train.Config)}
+    cfg = dataclasses.replace(train.PRESETS[saved["preset"]], **{k: v for k, v in saved.items() if k in fields})
+    return train.Run(cfg, saved["preset"], folder, set())
+
+
+def logs(folders, name):
+    """The logs of all seeds that have one."""
+    every = [train.read_log(train.Run(None, "", folder, set()), name) for folder in folders]
+    return [log for log in every if log]
+
+
+def save(figure, path):
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    print(f"wrote {path}")
+
+
+# ------------------------------------------------------------------------------------------------ 1. curves
+
+def draw_curves(folders, to):
+    panels = [(name, title, logs(folders, name)) for name, title in
+              (("base", "stage 1: base model"), ("control", "C.3: true subgoals"), ("meta", "stage 2: metacontroller"))]
+    panels = [panel for panel in panels if panel[2]]
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), squeeze=False)
+    for axis, (name, title, seeds) in zip(axes[0], panels):
+        for log in seeds:
+            axis.plot([line["step"] for line in log], [line["nll"] for line in log], color="tab:blue", alpha=.7)
+        axis.axhline(seeds[0][-1]["bayes"], color="black", ls="--", lw=1, label="Bayes-optimal, goal unknown")
+        axis.axhline(seeds[0][-1]["known"], color="black", ls=":", lw=1, label="goal known")
+        axis.set(title=f"{title} ({len(seeds)} seeds)", xlabel="step", ylabel="action NLL, nats")
+        axis.legend(fontsize=7)
+    save(figure, to / "curves.png")
+
+
+# ------------------------------------------------------------------------------------------------ 2. success (Fig. 8, A5)
+
+def draw_success(folders, to):
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
+    for name, colour in zip(LABELS, ("tab:blue", "tab:orange", "tab:red")):
+        seeds = logs(folders, name)
+        if not seeds:
+            continue
+        length = min(map(len, seeds))
+        episodes = [line["episodes"] for line in seeds[0][:length]]
+        success = np.array([[line["eval_success"] for line in log[:length]] for log in seeds])  # (seeds, evaluations)
+        low, middle, high = np.quantile(success, (.25, .5, .75), axis=0)
+        for axis in axes:
+            axis.plot(episodes, middle, color=colour, label=f"{LABELS[name]} ({len(seeds)} seeds)")
+            axis.fill_between(episodes, low, high, color=colour, alpha=.25, lw=0)
+    for axis, scale in zip(axes, ("linear", "log")):
+        axis.set(xlabel="episodes", ylabel="success on the post-training task", yscale=scale)
+        axis.set_ylim(*((-.02, 1.02) if scale == "linear" else (3e-4, 1.2)))
+    axes[0].legend(fontsize=8)
+    save(figure, to / "success.png")
+
+
+# ------------------------------------------------------------------------------------------------ 3. gate (Fig. 6, A3)
+
+def draw_gate(folder, to, episodes=4):
+    run = open_run(folder, "meta")
+    base, meta = train.discover(run)
+    world = train.world_of(run.cfg)
+    rng = train.seed_everything(train.EVAL_SEED, "eval", 9)
+    data = generate(world, rng, episodes)
+    with torch.no_grad():
+        e = base.lower(torch.from_numpy(data.obs()[:, :-1]))
+        _, beta, _, _ = meta(e, torch.from_numpy(data.length), torch.randn(*e.shape[:2], meta.n_z))
+    figure, axes = plt.subplots(episodes, 1, figsize=(8, 1.3 * episodes), sharex=True, sharey=True)
+    for n, axis in enumerate(axes):
+        T = data.length[n]
+        for t in range(T):
+            axis.axvspan(t - .5, t + .5, color=PALETTE[data.subgoal[n, t] % len(PALETTE)] / 255, alpha=.3, lw=0)
+        axis.step(np.arange(T), beta[n, :T], where="mid", color="black")
+        axis.set(ylabel="gate", ylim=(-.05, 1.05), xlim=(-.5, data.length.max() - .5))
+    axes[-1].set_xlabel("step (colour: true subgoal; line: switching gate)")
+    save(figure, to / "gate.png")
+
+
+# ------------------------------------------------------------------------------------------------ 4. film
+
+def draw_film(folder, to):
+    run = open_run(folder, "policy")
+    base, meta, policy = train.rl(run)
+    world = train.world_of(run.cfg)
+    data, success, env = internal_episodes(base, meta, world, train.seed_everything(train.EVAL_SEED, "eval", 10), 64, policy)
+    n = int(np.flatnonzero(success)[0]) if success.any() else int(data.length.argmax())  # a success if there is one; the title says
+    T = int(data.length[n])
+    obs, gate, code = data.obs()[n], env.gates[n, :T].numpy(), env.codes[n, :T].numpy().T
+    figure, (left, above, below) = plt.subplots(1, 3, figsize=(9, 3.2), width_ratios=(1, 1.1, 1.1))
+    task = "-".join(map(str, world.post_task))
+
+    def frame(t):
+        for axis in (left, above, below):
+            axis.clear()
+        left.imshow(draw_grid(world, obs[t]))
+        for k in range(world.O):
+            row, column = divmod(int(obs[t, k]), world.G)
+            left.text(column * 32 + 4, row * 32 + 9, str(k), fontsize=8)
+        left.set(title=f"{task}: {train.visited(world, data, n) if t == T else ''}", xticks=[], yticks=[])
+        above.step(np.arange(min(t + 1, T)), gate[:t + 1], where="mid", color="black")
+        above.set(title="gate", xlim=(-.5, T), ylim=(-.05, 1.05), xlabel="step")
+        below.imshow(np.where(np.arange(T) <= t, code, np.nan), aspect="auto", cmap="coolwarm", vmin=-2.5, vmax=2.5)
+        below.set(title=f"code z ({'success' if success[n] else 'failure'})", xlabel="step", yticks=[])
+
+    figure.tight_layout()
+    FuncAnimation(figure, frame, frames=T + 1).save(to / "agent.gif", PillowWriter(fps=3), dpi=70)
+    plt.close(figure)
+    print(f"wrote {to / 'agent.gif'}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--preset", choices=train.PRESETS, default="grid-small")
+    parser.add_argument("--out", default="runs", help="folder that train.py wrote to")
+    parser.add_argument("--to", default="figures", help="folder for the pictures")
+    args = parser.parse_args(argv)
+    folders = sorted((Path(args.out) / args.preset).glob("seed*"))
+    if not folders:
+        print(f"figures.py: nothing in {Path(args.out) / args.preset}; run train.py --preset {args.preset} first", file=sys.stderr)
+        return 2
+    to = Path(args.to)
+    to.mkdir(parents=True, exist_ok=True)
+    for draw, name, where in ((draw_curves, "base", folders), (draw_success, "policy", folders),
+                              (draw_gate, "meta", folders[0]), (draw_film, "policy", folders[0])):
+        if (folders[0] / f"{name}.jsonl").exists() and (folders[0] / f"{name}.pt").exists():
+            draw(where, to)
+        else:
+            print(f"{draw.__name__}: no {name}.pt in {folders[0]}, skipped")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
