@@ -127,7 +127,7 @@ class World:
                 raise ValueError(f"task {'-'.join(map(str, task))} is not a sequence of the subgoals of '{self.task_set}'")
             labels += [(match, segment)] * len(self.subgoals[match])
             segment += 1
-        return labels
+        return labels[:len(task)]
 
 
 # ------------------------------------------------------------------------------------------------ 2. the rules, as tables

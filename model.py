@@ -46,21 +46,29 @@ class ObsEmbedding(nn.Module):
     """One-hot observation (A.1.1) times a matrix, as a look-up and a sum: K rows instead of C * K columns.
 
     `forward(obs)` equals `one_hot(obs) @ weight_matrix()` (a test holds them equal). The bias is that of a linear layer.
+
+    underfoot=True adds a vector for the thing that shares the agent's cell. NOT in paper. It tells nothing that the observation does not
+    hold, but "I stand on colour k" is an AND of two one-hots for each of the C cells, and a short-trained network does not
+    learn it (README, "What it takes on a laptop"): without it, it never uses the identity of the colour it has just visited.
     """
 
-    def __init__(self, cells, things, width):
+    def __init__(self, cells, things, width, underfoot=False):
         super().__init__()
         # NOT in paper: scale 1 instead of 0.1 here. The K ones of an observation are a fixed, tiny share of its entries, so
         # 0.1 / (C * K) would start the stream near zero.  N(0, 1/K) gives e_0 unit variance.
         self.bag = nn.EmbeddingBag(cells * things, width, mode="sum")
         nn.init.normal_(self.bag.weight, std=things ** -.5)
         self.bias = nn.Parameter(torch.zeros(width))
+        self.underfoot = nn.Parameter(torch.randn(things - 1, width)) if underfoot else None
         self.register_buffer("offset", torch.arange(things) * cells, persistent=False)
 
     def forward(self, obs):
         B, T, K = obs.shape
         rows = (obs + self.offset).reshape(B * T, K)  # row of the table: thing k in cell c -> k * C + c
-        return self.bag(rows).view(B, T, -1) + self.bias  # (B*T, D) -> (B, T, D)
+        e = self.bag(rows).view(B, T, -1) + self.bias  # (B*T, D) -> (B, T, D)
+        if self.underfoot is not None:
+            e = e + (obs[..., :-1] == obs[..., -1:]).to(e.dtype) @ self.underfoot  # (B, T, K-1) @ (K-1, D)
+        return e
 
     def weight_matrix(self):
         """(C * K, D) in the order of `envs.one_hot`: cell-major for colours and walls, then the agent's cells."""
@@ -238,10 +246,11 @@ class SequenceModel(nn.Module):
     cells, things: sizes of the observation (C, K). actions: A. The observation head exists only if lam > 0.
     """
 
-    def __init__(self, cells, things, width, layers, heads, hidden, buckets, layer, lam=0., mixer="attention", actions=4):
+    def __init__(self, cells, things, width, layers, heads, hidden, buckets, layer, lam=0., mixer="attention", actions=4,
+                 underfoot=False):
         super().__init__()
         self.cells, self.things, self.layer, self.lam = cells, things, layer, lam
-        self.embed = ObsEmbedding(cells, things, width)
+        self.embed = ObsEmbedding(cells, things, width, underfoot)
         self.bias = RelativeBias(buckets, heads) if mixer == "attention" else None
         self.blocks = nn.ModuleList(Block(MIXERS[mixer](width, heads), width, hidden) for _ in range(layers))
         self.norm = nn.LayerNorm(width)

@@ -55,6 +55,7 @@ class Config:
     hidden: int = option(512, "base", "hidden units of a block's MLP")
     buckets: int = option(32, "base", "buckets of the relative position bias")
     mixer: str = option("attention", "base", "sequence mixer of the base: attention or hawk")
+    underfoot: bool = option(False, "base", "embed the thing under the agent (see model.ObsEmbedding)")
     lam: float = option(0.01, "base", "lambda, weight of the observation loss")
     eps: float = option(0., "base", "share of random actions in the base's training data")
     base_steps: int = option(256_000, "base", "optimiser steps")
@@ -360,7 +361,8 @@ def world_of(cfg):
 
 def new_base(run):
     cfg, world = run.cfg, world_of(run.cfg)
-    model = SequenceModel(world.cells, world.things, cfg.width, cfg.layers, cfg.heads, cfg.hidden, cfg.buckets, cfg.layer, cfg.lam, cfg.mixer)
+    model = SequenceModel(world.cells, world.things, cfg.width, cfg.layers, cfg.heads, cfg.hidden, cfg.buckets, cfg.layer, cfg.lam, cfg.mixer,
+                          underfoot=cfg.underfoot)
     if run.compiler != "off":
         for block in model.blocks:
             block.compile(backend=run.compiler, dynamic=run.compiler == "inductor" or None)  # in place: names in checkpoints stay
@@ -588,6 +590,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"train.py: {message}\n")  # one sentence, without the page of usage
 
 
+def boolean(text):
+    if text not in ("True", "False"):
+        raise argparse.ArgumentTypeError(f"'{text}' is neither True nor False")
+    return text == "True"
+
+
 def parse(argv):
     """Command line -> (Run, stage, rival). Exits with code 2 on anything unknown."""
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
@@ -597,7 +605,7 @@ def parse(argv):
     parser.add_argument("--out", default="runs", help="folder for checkpoints and logs")
     parser.add_argument("--fresh", action="store_true", help="train the stage and all its inputs again")
     for field in dataclasses.fields(Config):
-        parser.add_argument(f"--{field.name}", type=field.type, metavar=field.type.__name__, help=field.metadata["help"])
+        parser.add_argument(f"--{field.name}", type=boolean if field.type is bool else field.type, metavar=field.type.__name__, help=field.metadata["help"])
     args = vars(parser.parse_args(argv))
     chosen = {field.name: args[field.name] for field in dataclasses.fields(Config) if args[field.name] is not None}
     cfg = dataclasses.replace(PRESETS[args["preset"]], **chosen)

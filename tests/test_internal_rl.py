@@ -205,6 +205,13 @@ def test_true_subgoal_controllers_are_switched_at_the_right_moments():
     assert 0 <= control_success(base, decoder, WORLD, rng(), 20) <= 1
 
 
+def test_code_identity_of_real_rollouts_of_an_untrained_decoder_is_nothing():
+    base, meta, _ = parts()
+    decoder = Decoder(3, 32, 4)  # too weak to steer
+    information, most = code_identity(base, decoder, WORLD, rng(), codes=64, layouts=32, n_z=3)
+    assert abs(information) < .03 and most == math.log(4)
+
+
 def test_code_identity_knows_names_from_places(monkeypatch):
     """Planted codes: one that names a subgoal gives all the information, one that names a place or nothing gives none."""
     world = World(G=5, O=5, W=0, T=30, task_set="errands")
