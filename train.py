@@ -62,8 +62,8 @@ class Config:
     base_batch: int = option(1024, "base", "episodes per step")
     base_lr: float = option(3e-4, "base", "learning rate")
     base_wd: float = option(0.03, "base", "weight decay")
-    base_warmup: int = option(0, "base", "steps of linear warm-up")
-    base_decay: float = option(0., "base", "share of the steps, at the end, over which the rate falls to 0")
+    warmup: int = option(0, "base", "steps of linear warm-up of the learning rate, in every supervised stage")
+    decay: float = option(0., "base", "share of a supervised stage, at its end, over which the learning rate falls to 0")
 
     layer: int = option(3, "split", "l, the controlled layer: 0 (embedding) to L")
     rank: int = option(16, "split", "rank of the controllers; 0 = full matrix")
@@ -112,11 +112,11 @@ PRESETS = {
                     meta_steps=60, meta_batch=32, meta_lr=3e-3, alpha_ramp=40, n_h=16, n_s=8, encoder_hidden=16, decoder_hidden=16,
                     policy_width=32, rl_updates=10, rl_batch=64, rl_lr=1e-3, raw_lr=1e-3, eval_episodes=200, evaluations=3, save_seconds=1.),
     # A laptop. The world and every value that differs from the paper are discussed in the README.
-    "grid-small": Config(G=4, O=5, W=0, T=60, task_set="errands", width=96, layers=4, heads=4, hidden=192, lam=0., layer=1,
-                         base_steps=8000, base_batch=96, base_lr=1e-3, base_warmup=100, base_decay=.5,
-                         control_steps=1000, control_batch=96, control_lr=3e-3,
-                         meta_steps=3000, meta_batch=96, meta_lr=3e-3, alpha=.12, alpha_ramp=1500,
-                         rl_updates=400, rl_batch=512, rl_lr=1e-3, raw_lr=3e-4, rl_epochs=2),
+    "grid-small": Config(G=4, O=4, W=0, T=40, task_set="singles", width=128, layers=4, heads=4, hidden=256, underfoot=True, lam=0., layer=1,
+                         warmup=100, decay=.5, base_steps=9000, base_batch=64, base_lr=3e-3,
+                         control_steps=1500, control_batch=128, control_lr=3e-3,
+                         meta_steps=2000, meta_batch=64, meta_lr=3e-3, alpha=.15, alpha_ramp=900,
+                         rl_updates=400, rl_batch=512, rl_lr=1e-3, raw_lr=3e-4, rl_epochs=2, evaluations=10),
     # Exactly the paper's gridworld: A.1, Tables A4, A7, A9, A13, A16.
     "grid-paper": Config(),
 }
@@ -143,15 +143,15 @@ def check(cfg):
                  "rl_updates", "rl_batch", "rl_lr", "raw_lr"):
         if getattr(cfg, name) <= 0:
             raise Refused(f"--{name} must be positive, not {getattr(cfg, name)}")
-    for name in ("lam", "eps", "alpha", "alpha_ramp", "rank", "base_warmup", "base_decay", "min_std", "seed"):
+    for name in ("lam", "eps", "alpha", "alpha_ramp", "rank", "warmup", "decay", "min_std", "seed"):
         if getattr(cfg, name) < 0:
             raise Refused(f"--{name} must not be negative, not {getattr(cfg, name)}")
     if cfg.width % cfg.heads or cfg.policy_width % 8:
         raise Refused(f"--width {cfg.width} must be a multiple of --heads {cfg.heads}, and --policy_width {cfg.policy_width} of 8")
     if not 0 <= cfg.layer <= cfg.layers:
         raise Refused(f"--layer {cfg.layer} does not exist: the model has layers 0 to {cfg.layers}")
-    if cfg.eps >= 1:
-        raise Refused(f"--eps {cfg.eps} must be below 1")
+    if cfg.eps >= 1 or cfg.decay > 1:
+        raise Refused(f"--eps {cfg.eps} must be below 1, and --decay {cfg.decay} at most 1")
     for name, choices in {"gate": ("soft", "gumbel", "forced"), "mixer": ("attention", "hawk"), "dtype": ("auto", "float32", "bfloat16"),
                           "device": ("auto", "cpu", "cuda"), "compile": ("auto", "off", "inductor", "cudagraphs")}.items():
         if getattr(cfg, name) not in choices:
@@ -378,8 +378,16 @@ def adamw(model, lr, wd):
     return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=wd, betas=(.9, .999), fused=True)
 
 
-def optimise(loss, model, optimizer):
+def schedule(cfg, step, steps):
+    """Factor on the learning rate. NOT in paper (constant rate): linear warm-up, then linear decay at the end, for short trainings."""
+    left = (steps - step) / (cfg.decay * steps) if cfg.decay else 1.
+    return min(1., (step + 1) / max(cfg.warmup, 1), left)
+
+
+def optimise(loss, model, optimizer, lr):
     """One step. NOT in paper: the gradient's norm is cut at 1, which keeps rare batches from undoing many good ones."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
     optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
@@ -399,13 +407,10 @@ def pretrain(run):
         saver = Saver(run, "base", base, optimizer, seconds)
         bar = tqdm(total=cfg.base_steps, initial=first, desc="pretrain", unit="step", mininterval=1)
         for step, batch in batches(run, "base", cfg.base_batch, cfg.eps, first, cfg.base_steps):
-            left = (cfg.base_steps - step) / max(cfg.base_decay * cfg.base_steps, 1)
-            for group in optimizer.param_groups:  # NOT in paper (constant rate): warm-up and decay, for short trainings
-                group["lr"] = cfg.base_lr * min(1., (step + 1) / max(cfg.base_warmup, 1), left if cfg.base_decay else 1.)
             with autocast(run):
                 loss, _ = pretraining_loss(base, batch["obs"], batch["action"], batch["mask"])
             require_finite(loss, run, "base", step)
-            optimise(loss, base, optimizer)
+            optimise(loss, base, optimizer, cfg.base_lr * schedule(cfg, step, cfg.base_steps))
             bar.update()
             done = step + 1 == cfg.base_steps
             if done or (step + 1) % max(cfg.base_steps // cfg.evaluations, 1) == 0:
@@ -435,7 +440,7 @@ def control(run):
             with autocast(run):
                 loss = control_loss(base, decoder, batch["obs"][:, :-1], batch["action"], batch["subgoal"], batch["mask"])
             require_finite(loss, run, "control", step)
-            optimise(loss, decoder, optimizer)
+            optimise(loss, decoder, optimizer, cfg.control_lr * schedule(cfg, step, cfg.control_steps))
             bar.update()
             done = step + 1 == cfg.control_steps
             if done or (step + 1) % max(cfg.control_steps // cfg.evaluations, 1) == 0:
@@ -474,7 +479,7 @@ def discover(run):
             with autocast(run):
                 loss, _ = discovery_loss(base, meta.train(), batch["obs"][:, :-1], batch["action"], batch["mask"], noise, alpha)
             require_finite(loss, run, name, step)
-            optimise(loss, meta, optimizer)
+            optimise(loss, meta, optimizer, cfg.meta_lr * schedule(cfg, step, cfg.meta_steps))
             bar.update()
             done = step + 1 == cfg.meta_steps
             if done or (step + 1) % max(cfg.meta_steps // cfg.evaluations, 1) == 0:

@@ -188,7 +188,7 @@ def test_grid_paper_has_exactly_the_papers_sizes_and_takes_a_step():
     assert (world.G, world.O, world.W, world.T) == (7, 8, 4, 100) and world.cells * world.things == 637
     assert (cfg.layers, cfg.width, cfg.heads, cfg.hidden, cfg.buckets, cfg.layer, cfg.rank) == (6, 256, 4, 512, 32, 3, 16)  # A4, A16, A7
     assert (cfg.base_steps, cfg.base_batch, cfg.base_lr, cfg.base_wd) == (256_000, 1024, 3e-4, .03)  # A4
-    assert cfg.base_warmup == 0 and cfg.base_decay == 0 and cfg.eps == 0 and cfg.lam in (0, .01)
+    assert cfg.warmup == 0 and cfg.decay == 0 and cfg.eps == 0 and cfg.lam in (0, .01)
     assert (cfg.control_steps, cfg.control_batch, cfg.control_lr, cfg.control_wd) == (3200, 512, 1e-3, .03)  # A7
     assert (cfg.n_z, cfg.n_h, cfg.n_s, cfg.encoder_hidden, cfg.decoder_hidden) == (8, 32, 32, 64, 32)  # A9
     assert (cfg.meta_steps, cfg.meta_batch, cfg.meta_lr, cfg.meta_wd) == (64_000, 512, 1e-3, .03) and cfg.alpha in (0, .05, .1, .17, .3, .5, 1)
@@ -205,7 +205,7 @@ def test_grid_paper_has_exactly_the_papers_sizes_and_takes_a_step():
     losses = []
     for _ in range(3):
         losses.append(pretraining_loss(base, data["obs"], data["action"], data["mask"])[0])
-        train.optimise(losses[-1], base, optimizer)
+        train.optimise(losses[-1], base, optimizer, cfg.base_lr)
     assert losses[2] < losses[0]
 
 
