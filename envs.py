@@ -272,8 +272,8 @@ class GridPinpad(gym.Env):
     Action: Discrete(4): up, right, down, left. Reward: 1 when the task is completed, else 0.
     Terminated: task completed, or a colour visited that is not the next one. Truncated: T steps; the horizon is
     a parameter of this world, so the environment keeps it itself instead of leaving it to gymnasium's TimeLimit.
-    reset(options={"task": (0, 2, 1)}) sets the task; without it the post-training task is played. The task is in `info`
-    only: the observation holds nothing about it.
+    reset(options={"task": (0, 1, 4, 5)}) sets the task, any sequence of the world's subgoals; without it the post-training task is
+    played. The task is in `info` only: the observation holds nothing about it.
     """
     metadata = {"render_modes": ["ansi", "rgb_array"], "render_fps": 5}
 
@@ -295,6 +295,8 @@ class GridPinpad(gym.Env):
         return self._observe()
 
     def step(self, action):
+        if not self.action_space.contains(action):
+            raise ValueError(f"action {action} is not one of 0 to 3 ({', '.join(ACTIONS)})")
         reward, terminated, truncated = self.worlds.step(np.array([action]))
         obs, info = self._observe()
         return obs, float(reward[0]), bool(terminated[0]), bool(truncated[0]), info

@@ -32,12 +32,12 @@ def open_run(folder, name):
     saved = torch.load(folder / f"{name}.pt", map_location="cpu", weights_only=True)["fingerprint"]
     fields = {f.name for f in dataclasses.fields(train.Config)}
     cfg = dataclasses.replace(train.PRESETS[saved["preset"]], **{k: v for k, v in saved.items() if k in fields})
-    return train.Run(cfg, saved["preset"], folder, set())
+    return train.Run(cfg, saved["preset"], folder)
 
 
 def logs(folders, name):
     """The logs of all seeds that have one."""
-    every = [train.read_log(train.Run(None, "", folder, set()), name) for folder in folders]
+    every = [train.read_log(train.Run(None, "", folder), name) for folder in folders]
     return [log for log in every if log]
 
 
@@ -153,12 +153,16 @@ def main(argv=None):
         return 2
     to = Path(args.to)
     to.mkdir(parents=True, exist_ok=True)
-    for draw, name, where in ((draw_curves, "base", folders), (draw_success, "policy", folders),
-                              (draw_gate, "meta", folders[0]), (draw_film, "policy", folders[0])):
-        if (folders[0] / f"{name}.jsonl").exists() and (folders[0] / f"{name}.pt").exists():
-            draw(where, to)
-        else:
-            print(f"{draw.__name__}: no {name}.pt in {folders[0]}, skipped")
+    for draw, name, seeds in ((draw_curves, "base", "all"), (draw_success, "policy", "all"), (draw_gate, "meta", "one"), (draw_film, "policy", "one")):
+        try:  # only finished checkpoints: an unfinished one would be trained on
+            ready = [folder for folder in folders if (folder / f"{name}.pt").exists() and train.finished(open_run(folder, name), name)]
+            if not ready:
+                print(f"{draw.__name__}: no finished {name}.pt, skipped")
+            else:
+                draw(ready if seeds == "all" else ready[0], to)
+        except train.Refused as refusal:
+            print(f"figures.py: {refusal}", file=sys.stderr)
+            return 2
     return 0
 
 

@@ -168,7 +168,9 @@ class Policy(nn.Module):
 
     @property
     def log_std(self):
-        return self.free_log_std.exp().clamp(min=self.min_std).log() if self.min_std else self.free_log_std
+        if not self.min_std:
+            return self.free_log_std
+        return (self.min_std ** 2 + (2 * self.free_log_std).exp()).log() / 2  # a soft floor: a hard one would have no gradient below it
 
     def forward(self, e, memory=None):
         """e (N, M, D) -> mean (N, M, n_z). With a memory (from `init_memory`): continues from it and updates it."""
@@ -215,8 +217,8 @@ def clipped_loss(logp, old_logp, advantage, mask, clip):
 def update(parameters, optimizer, logp_of, old_logp, reward, mask, clip=.2, epochs=1):
     """`epochs` clipped steps on one batch. `logp_of()` recomputes logp (N, M) under the current parameters.
 
-    Returns the last loss. If all rewards are equal every advantage is 0 and nothing is learned: the step is skipped, so that
-    weight decay and Adam's momentum do not move the policy on no evidence. Raises FloatingPointError on a non-finite loss.
+    Returns the last loss. NOT in paper: the gradient's norm is cut at 1; and if all rewards are equal, so that every advantage is 0,
+    the step is skipped: Adam's momentum would move the policy on no evidence. Raises FloatingPointError on a non-finite loss.
     """
     advantage = relative_advantage(reward)
     if reward.std() == 0:
@@ -294,19 +296,23 @@ def code_identity(base, decoder, world, rng, codes=256, layouts=64, n_z=8):
     Each code is held fixed, gate shut, in the same `layouts` worlds, none of which it was made for. Outcome: the subgoal
     that begins with the first colour visited, or "none". If codes name subgoals, a code leads to one subgoal whatever the layout; if they
     name places, the outcome depends on the layout and the information is near 0. Plug-in estimates from few samples are too high
-    by about (rows - 1)(columns - 1) / 2N (Miller-Madow), which is subtracted.
+    by about (filled cells - rows - columns + 1) / 2N (Miller-Madow), which is subtracted.
     """
     device = base.action_head.weight.device
     starts = {subgoal[0]: i for i, subgoal in enumerate(world.subgoals)}
-    things, agent = (np.tile(x, (codes, *[1] * (x.ndim - 1))) for x in sample_layouts(world, rng, layouts))
-    z = torch.randn(codes, n_z, device=device).repeat_interleave(layouts, dim=0)  # (codes * layouts, n_z)
+    places = sample_layouts(world, rng, layouts)
     # Any wrong colour ends an episode, so a one-colour task is over at the first colour visited, right or wrong.
-    n = codes * layouts
-    data, _, _ = play(base, world, [world.subgoals[0][:1]] * n, rng, steer_by_code(decoder), {"z": z}, (things, agent))
-    last = data.agent[np.arange(n), data.length]
-    match = (data.things[:, :world.O] == last[:, None])  # (n, O)
-    colour = np.where(match.any(1), match.argmax(1), -1)
-    outcome = np.array([starts.get(c, len(starts)) for c in colour]).reshape(codes, layouts)
+    task, outcome = world.subgoals[0][:1], []
+    for z in torch.randn(codes, n_z, device=device).split(32):  # in portions, to bound the caches' memory
+        things, agent = (np.tile(x, (len(z), *[1] * (x.ndim - 1))) for x in places)
+        n = len(agent)
+        state = {"z": z.repeat_interleave(layouts, dim=0)}  # (portion * layouts, n_z)
+        data, _, _ = play(base, world, [task] * n, rng, steer_by_code(decoder), state, (things, agent))
+        last = data.agent[np.arange(n), data.length]
+        match = data.things[:, :world.O] == last[:, None]  # (n, O)
+        colour = np.where(match.any(1), match.argmax(1), -1)
+        outcome += [starts.get(c, len(starts)) for c in colour]
+    outcome, n = np.array(outcome).reshape(codes, layouts), codes * layouts
     table = np.stack([(outcome == g).sum(1) for g in range(len(starts) + 1)], axis=1)  # (codes, S + 1) counts
     table = table[:, table.sum(0) > 0]
     joint = table / n

@@ -112,12 +112,13 @@ class Metacontroller(nn.Module):
         h, _ = self.gru(e)  # (B, T, n_h): h_1 .. h_T
         h = F.pad(h[:, :-1], (0, 0, 1, 0))  # h_0 .. h_T-1: encoder and switch read the summary of the PAST
         s = self.embedder(e, length)[:, None].expand(-1, e.shape[1], -1)  # (B, n_s) -> (B, T, n_s)
-        mu, logvar = self.encoder(torch.cat([e, h, s], dim=-1)).chunk(2, dim=-1)
+        # Out of autocast's bfloat16: the KL cancels near the prior, and products of 1 - beta must keep small weights.
+        mu, logvar = self.encoder(torch.cat([e, h, s], dim=-1)).float().chunk(2, dim=-1)
         return mu, logvar, self.switch_in(torch.cat([e, h], dim=-1))
 
     def gate_logit(self, switch_input, z):
         """Eq. 16 before the sigmoid: switch_input (B, n_h) from e_t, h_t-1; z (B, n_z) the INTEGRATED code z_t-1 -> (B,)."""
-        return self.switch_out(F.relu(switch_input + self.switch_z(z)))[:, 0]
+        return self.switch_out(F.relu(switch_input + self.switch_z(z)))[:, 0].float()
 
     def integrate(self, proposal, switch_input):
         """Eq. 16, 17 over a sequence: proposal (B, T, n_z), switch_input (B, T, n_h) -> z (B, T, n_z), beta (B, T).

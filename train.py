@@ -13,10 +13,13 @@ Files: runs/<preset>/seed<k>/*.pt and one .jsonl of metrics per stage.
 Bottom-up: 1. configuration and presets   2. checkpoints and logs   3. device   4. data   5. the stages   6. the command line
 
 How a resumed run can equal an uninterrupted one: nothing random depends on the past. Before step k of a stage, all random
-generators are seeded with (seed, stage, k), so a checkpoint needs model, optimiser and step, and no generator states.
+generators are seeded with (seed, stage, k), so a checkpoint needs model, optimiser and step, and no generator states. Bit for bit
+holds on the same CPU with the same number of threads; CUDA's own kernels are not all deterministic.
 """
 import argparse
+import copy
 import dataclasses
+import hashlib
 import json
 import os
 import pickle
@@ -43,12 +46,14 @@ def option(default, group, text):
 @dataclasses.dataclass
 class Config:
     """Everything that can be set; the defaults are the paper's gridworld (A.1, Tables A4, A7, A9, A13, A16)."""
+    # A.1.2
     G: int = option(7, "world", "side of the grid")
     O: int = option(8, "world", "number of colours")
     W: int = option(4, "world", "number of walls")
     T: int = option(100, "world", "horizon, steps")
     task_set: str = option("pairs", "world", "task set: pairs (Table A1), singles (Table A2), errands, tiny")
 
+    # Stage 1: Tables A16 (sizes) and A4 (training)
     width: int = option(256, "base", "D, width of the residual stream")
     layers: int = option(6, "base", "L, number of blocks")
     heads: int = option(4, "base", "attention heads")
@@ -65,19 +70,22 @@ class Config:
     warmup: int = option(0, "base", "steps of linear warm-up of the learning rate, in every supervised stage")
     decay: float = option(0., "base", "share of a supervised stage, at its end, over which the learning rate falls to 0")
 
+    # Where and how strongly the stream may be steered: Tables A7 and A9
     layer: int = option(3, "split", "l, the controlled layer: 0 (embedding) to L")
     rank: int = option(16, "split", "rank of the controllers; 0 = full matrix")
+    decoder_hidden: int = option(32, "split", "hidden units of the decoder")
 
+    # Controllers of true subgoals: Table A7
     control_steps: int = option(3200, "control", "optimiser steps")
     control_batch: int = option(512, "control", "episodes per step")
     control_lr: float = option(1e-3, "control", "learning rate")
     control_wd: float = option(0.03, "control", "weight decay")
 
+    # Stage 2: Table A9
     n_z: int = option(8, "meta", "dimension of the code")
     n_h: int = option(32, "meta", "width of the GRU")
     n_s: int = option(32, "meta", "dimension of the sequence embedding")
     encoder_hidden: int = option(64, "meta", "hidden units of the encoder")
-    decoder_hidden: int = option(32, "meta", "hidden units of the decoder")
     gate: str = option("soft", "meta", "gate: soft, gumbel (E.1) or forced (C.4.1)")
     alpha: float = option(0.17, "meta", "weight of the KL")
     alpha_ramp: int = option(1500, "meta", "steps over which alpha grows from 0")
@@ -86,15 +94,17 @@ class Config:
     meta_lr: float = option(1e-3, "meta", "learning rate")
     meta_wd: float = option(0.03, "meta", "weight decay")
 
-    policy_width: int = option(256, "rl", "width of the policy's Hawk layer")
-    min_std: float = option(0., "rl", "floor of the policy's standard deviation")
+    # Stage 3: Table A13. The paper scans the learning rate over 3e-6 .. 3e-4 (C.5.5)
+    policy_width: int = option(256, "policy", "width of the policy's Hawk layer")
+    min_std: float = option(0., "policy", "floor of the policy's standard deviation")
     rl_updates: int = option(100_000, "rl", "updates, for internal and for raw RL")
     rl_batch: int = option(1024, "rl", "episodes per update")
-    rl_lr: float = option(3e-5, "rl", "learning rate of internal RL")
-    raw_lr: float = option(3e-5, "rl", "learning rate of raw-action RL")
+    rl_lr: float = option(3e-5, "policy", "learning rate of internal RL")
+    raw_lr: float = option(3e-5, "raw", "learning rate of raw-action RL")
     rl_epochs: int = option(1, "rl", "clipped steps per batch of episodes")
     rl_clip: float = option(0.2, "rl", "clip range of the ratio")
 
+    # How to run; no checkpoint depends on these, except that each seed has its own folder
     eval_episodes: int = option(2000, "run", "episodes per reported success rate")
     evaluations: int = option(20, "run", "evaluations per stage")
     save_seconds: float = option(60., "run", "seconds between checkpoints")
@@ -117,7 +127,7 @@ PRESETS = {
                          control_steps=1500, control_batch=128, control_lr=3e-3,
                          meta_steps=2000, meta_batch=64, meta_lr=3e-3, alpha=.15, alpha_ramp=900,
                          rl_updates=400, rl_batch=512, rl_lr=1e-3, raw_lr=3e-4, rl_epochs=2, evaluations=10),
-    # Exactly the paper's gridworld: A.1, Tables A4, A7, A9, A13, A16.
+    # The paper's gridworld, sizes and rates: A.1, Tables A4, A7, A9, A13, A16. What remains different is marked NOT in paper.
     "grid-paper": Config(),
 }
 
@@ -125,7 +135,14 @@ STAGES = ("pretrain", "control", "discover", "rl", "eval")
 RIVALS = ("none", "raw", "forced")
 # Which groups of fields a checkpoint depends on: with any other value of those it would be another checkpoint.
 DEPENDS = {"base": ("world", "base"), "control": ("world", "base", "split", "control"), "meta": ("world", "base", "split", "meta"),
-           "policy": ("world", "base", "split", "meta", "rl"), "raw": ("world", "base", "rl")}
+           "policy": ("world", "base", "split", "meta", "rl", "policy"), "raw": ("world", "base", "rl", "raw")}
+# Which checkpoints a stage reads or writes.
+NEEDS = {"pretrain": ("base",), "control": ("base", "control"), "discover": ("base", "meta"),
+         "rl": ("base", "control", "meta", "policy", "raw"), "eval": ("base", "control", "meta", "policy", "raw")}
+
+
+CHOICES = {"gate": ("soft", "gumbel", "forced"), "mixer": ("attention", "hawk"), "dtype": ("auto", "float32", "bfloat16"),
+           "device": ("auto", "cpu", "cuda"), "compile": ("auto", "off", "inductor", "cudagraphs")}
 
 
 class Refused(Exception):
@@ -135,25 +152,23 @@ class Refused(Exception):
 def check(cfg):
     """Raise Refused unless this configuration can work. Called before anything is written."""
     try:
-        generate(world_of(cfg), np.random.default_rng(0), 8)
+        generate(world_of(cfg), np.random.default_rng(0), 8, cfg.eps if cfg.eps < 1 else 0.)
     except ValueError as error:
         raise Refused(str(error)) from None
-    for name in ("width", "layers", "heads", "hidden", "buckets", "n_z", "n_h", "n_s", "policy_width", "rl_epochs", "eval_episodes",
-                 "evaluations", *(f"{s}_{what}" for s in ("base", "control", "meta") for what in ("steps", "batch", "lr")),
-                 "rl_updates", "rl_batch", "rl_lr", "raw_lr"):
-        if getattr(cfg, name) <= 0:
-            raise Refused(f"--{name} must be positive, not {getattr(cfg, name)}")
-    for name in ("lam", "eps", "alpha", "alpha_ramp", "rank", "warmup", "decay", "min_std", "seed"):
-        if getattr(cfg, name) < 0:
-            raise Refused(f"--{name} must not be negative, not {getattr(cfg, name)}")
+    may_be_zero = ("W", "layer", "lam", "eps", "alpha", "alpha_ramp", "rank", "warmup", "decay", "min_std", "save_seconds", "seed", "threads",
+                   "base_wd", "control_wd", "meta_wd")
+    for name, value in dataclasses.asdict(cfg).items():
+        if type(value) in (int, float) and not (value > 0 or value == 0 and name in may_be_zero):  # NaN fails both
+            raise Refused(f"--{name} must {'not be negative' if name in may_be_zero else 'be positive'}, and is {value}")
     if cfg.width % cfg.heads or cfg.policy_width % 8:
         raise Refused(f"--width {cfg.width} must be a multiple of --heads {cfg.heads}, and --policy_width {cfg.policy_width} of 8")
+    if not 2 <= cfg.buckets <= 128:
+        raise Refused(f"--buckets {cfg.buckets} must be between 2 and 128")
     if not 0 <= cfg.layer <= cfg.layers:
         raise Refused(f"--layer {cfg.layer} does not exist: the model has layers 0 to {cfg.layers}")
     if cfg.eps >= 1 or cfg.decay > 1:
         raise Refused(f"--eps {cfg.eps} must be below 1, and --decay {cfg.decay} at most 1")
-    for name, choices in {"gate": ("soft", "gumbel", "forced"), "mixer": ("attention", "hawk"), "dtype": ("auto", "float32", "bfloat16"),
-                          "device": ("auto", "cpu", "cuda"), "compile": ("auto", "off", "inductor", "cudagraphs")}.items():
+    for name, choices in CHOICES.items():
         if getattr(cfg, name) not in choices:
             raise Refused(f"--{name} must be one of {', '.join(choices)}, not '{getattr(cfg, name)}'")
     if cfg.device == "cuda" and not torch.cuda.is_available():
@@ -168,10 +183,10 @@ class Run:
     cfg: Config
     preset: str
     folder: Path
-    fresh: set  # names of checkpoints still to be trained anew (--fresh)
     device: torch.device = torch.device("cpu")
     dtype: torch.dtype = torch.float32
     compiler: str = "off"
+    names: tuple = ()  # the checkpoints that this invocation reads or writes
 
 
 def fingerprint(run, name):
@@ -182,31 +197,50 @@ def fingerprint(run, name):
 
 
 def read_checkpoint(run, name):
-    """The checkpoint `name`, or None if there is none (or --fresh asked to ignore it). Refuses a damaged or mismatching file."""
+    """The checkpoint `name`, or None if there is none. Refuses a damaged file and one of another configuration."""
     path = run.folder / f"{name}.pt"
-    if name in run.fresh or not path.exists():
+    if not path.exists():
         return None
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         theirs = saved["fingerprint"]
     except (RuntimeError, EOFError, KeyError, TypeError, OSError, pickle.UnpicklingError) as error:
-        raise Refused(f"{path} is damaged ({type(error).__name__}): delete it, or use --fresh to train it again") from None
+        raise Refused(f"{path} is damaged ({type(error).__name__}): delete it, or start again with --fresh") from None
     for field, ours in fingerprint(run, name).items():
         if theirs.get(field) != ours:
             raise Refused(f"{path} was made with {field}={theirs.get(field)}, this run asks for {field}={ours}: "
-                          f"use --fresh to train it again, or another --out")
+                          f"delete it, start again with --fresh, or use another --out")
     return saved
 
 
-def resume(run, name, model, optimizer=None):
-    """Load checkpoint `name`, if there is one, into model and optimizer. Returns (step, seconds spent, done)."""
+def finished(run, name):
+    """Is there a checkpoint `name` whose training has ended? (An interrupted one must not be mistaken for a result.)"""
+    saved = read_checkpoint(run, name)
+    return saved is not None and saved["done"]
+
+
+def digest(model):
+    """A hash of the weights: a checkpoint remembers on which base (or metacontroller) it was trained."""
+    return hashlib.sha256(b"".join(value.detach().cpu().numpy().tobytes() for value in model.state_dict().values())).hexdigest()
+
+
+def resume(run, name, model, optimizer, parent=None):
+    """Load checkpoint `name`, if there is one, into model and optimizer. Returns (step, seconds spent, done).
+
+    parent: the frozen model that this one is trained on; a checkpoint trained on another one is refused.
+    """
     saved = read_checkpoint(run, name)
     if saved is None:
         (run.folder / f"{name}.jsonl").unlink(missing_ok=True)
         return 0, 0., False
-    model.load_state_dict(saved["model"])
-    if optimizer is not None:
+    path = run.folder / f"{name}.pt"
+    if saved["parent"] != (parent and digest(parent)):
+        raise Refused(f"{path} was trained on another base model or metacontroller than the one beside it: delete it, or start again with --fresh")
+    try:
+        model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
+    except (RuntimeError, ValueError) as error:
+        raise Refused(f"{path} does not fit the model of this version of the code ({type(error).__name__}): delete it, or start again with --fresh") from None
     if saved["done"]:
         print(f"{name}: finished earlier ({saved['seconds'] / 60:.1f} min), reused")
     else:
@@ -226,12 +260,12 @@ def write_atomically(path, content):
 class Saver:
     """Writes checkpoint `name` when it is due: every save_seconds, and at the end."""
 
-    def __init__(self, run, name, model, optimizer, seconds):
+    def __init__(self, run, name, model, optimizer, seconds, parent=None):
         self.run, self.name, self.model, self.optimizer = run, name, model, optimizer
+        self.parent = parent and digest(parent)
         self.begun = time.time() - seconds
         self.last = time.time()
         run.folder.mkdir(parents=True, exist_ok=True)
-        run.fresh.discard(name)
 
     def seconds(self):
         return time.time() - self.begun
@@ -240,7 +274,8 @@ class Saver:
         """Call after each optimiser step; `step` steps are finished now."""
         if done or time.time() - self.last > self.run.cfg.save_seconds:
             write_atomically(self.run.folder / f"{self.name}.pt", {
-                "fingerprint": fingerprint(self.run, self.name), "step": step, "seconds": self.seconds(), "done": done,
+                "fingerprint": fingerprint(self.run, self.name), "dtype": str(self.run.dtype), "parent": self.parent,
+                "step": step, "seconds": self.seconds(), "done": done,
                 "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()})
             self.last = time.time()
 
@@ -260,11 +295,6 @@ def read_log(run, name):
     return [json.loads(line) for line in lines]
 
 
-def require_finite(loss, run, name, step):
-    if not torch.isfinite(loss):
-        raise FloatingPointError(f"the loss of {name} is not finite at step {step}; {run.folder / name}.pt keeps the last good state")
-
-
 # ------------------------------------------------------------------------------------------------ 3. device and precision
 
 def choose_device(run):
@@ -276,19 +306,20 @@ def choose_device(run):
     run.device = torch.device(("cuda" if cuda else "cpu") if cfg.device == "auto" else cfg.device)
     print(f"device {run.device} ({'asked for' if cfg.device != 'auto' else 'CUDA found' if cuda else 'no CUDA found'}), "
           f"{torch.get_num_threads()} CPU threads")
-    if cfg.dtype == "auto":
-        x = torch.randn(512, 512, device=run.device)
-        speed = {}
-        for dtype in (torch.float32, torch.bfloat16):
-            y = x.to(dtype)
-            times = []
+    earlier = [saved["dtype"] for name in run.names if (saved := read_checkpoint(run, name))] if cfg.dtype == "auto" else []
+    if earlier:  # a timing must not change the precision in the middle of a training
+        run.dtype = {"torch.float32": torch.float32, "torch.bfloat16": torch.bfloat16}[earlier[0]]
+        print(f"dtype {run.dtype} (as in the checkpoints found)")
+    elif cfg.dtype == "auto":
+        seconds = {}
+        for dtype in (torch.float32, torch.bfloat16):  # check, do not guess: without hardware support bfloat16 is 100 times slower
+            x, times = torch.randn(512, 512, device=run.device, dtype=dtype), []
             for _ in range(4):  # the first is a warm-up
                 begin = time.perf_counter()
-                y = (y @ y).clamp(-1, 1)
-                y.sum().item()  # waits for the device
+                (x @ x).sum().item()  # waits for the device
                 times.append(time.perf_counter() - begin)
-            speed[dtype] = 1 / min(times[1:])
-        ratio = speed[torch.bfloat16] / speed[torch.float32]
+            seconds[dtype] = min(times[1:])
+        ratio = seconds[torch.float32] / seconds[torch.bfloat16]
         run.dtype = torch.bfloat16 if ratio > 1.3 else torch.float32
         print(f"dtype {run.dtype} (bfloat16 matrix products measured at {ratio:.2g}x the speed of float32)")
     else:
@@ -328,6 +359,8 @@ def batches(run, purpose, size, eps, first, last):
     """Yield (step, batch) for steps first .. last-1; batch: dict of tensors obs (B, T+1, K), action, subgoal, mask, switches (B, T).
 
     Any step can be the first: what it contains depends on (seed, purpose, step) alone.
+    NOT in paper: with batches of similar length and losses averaged over a batch's steps, a step in a batch of short episodes
+    weighs more than one in a batch of long ones. The logged NLLs are plain averages over the steps of unsorted test episodes.
     """
     world = world_of(run.cfg)
     for chunk in range(first // CHUNK, (last - 1) // CHUNK + 1):
@@ -378,14 +411,21 @@ def adamw(model, lr, wd):
     return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=wd, betas=(.9, .999), fused=True)
 
 
+def due(cfg, step, steps):
+    """Is there an evaluation after step `step`? About `evaluations` of them, evenly spread; the last step always has one."""
+    return (step + 1) % max(steps // cfg.evaluations, 1) == 0
+
+
 def schedule(cfg, step, steps):
     """Factor on the learning rate. NOT in paper (constant rate): linear warm-up, then linear decay at the end, for short trainings."""
     left = (steps - step) / (cfg.decay * steps) if cfg.decay else 1.
     return min(1., (step + 1) / max(cfg.warmup, 1), left)
 
 
-def optimise(loss, model, optimizer, lr):
-    """One step. NOT in paper: the gradient's norm is cut at 1, which keeps rare batches from undoing many good ones."""
+def optimise(run, name, step, loss, model, optimizer, lr):
+    """One step of stage `name`. NOT in paper: the gradient's norm is cut at 1, which keeps rare batches from undoing many good ones."""
+    if not torch.isfinite(loss):
+        raise FloatingPointError(f"the loss of {name} is not finite at step {step}; the last checkpoint keeps the last good state")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad()
@@ -409,11 +449,10 @@ def pretrain(run):
         for step, batch in batches(run, "base", cfg.base_batch, cfg.eps, first, cfg.base_steps):
             with autocast(run):
                 loss, _ = pretraining_loss(base, batch["obs"], batch["action"], batch["mask"])
-            require_finite(loss, run, "base", step)
-            optimise(loss, base, optimizer, cfg.base_lr * schedule(cfg, step, cfg.base_steps))
+            optimise(run, "base", step, loss, base, optimizer, cfg.base_lr * schedule(cfg, step, cfg.base_steps))
             bar.update()
             done = step + 1 == cfg.base_steps
-            if done or (step + 1) % max(cfg.base_steps // cfg.evaluations, 1) == 0:
+            if done or due(cfg, step, cfg.base_steps):
                 with torch.no_grad(), autocast(run):
                     nll = pretraining_loss(base, test["obs"], test["action"], test["mask"])[1].item()
                 log(run, "base", bar, ("nll", "bayes", "known", "gap_closed", "episodes_per_s"), step=step + 1, seconds=saver.seconds(),
@@ -431,19 +470,18 @@ def control(run):
     seed_everything(cfg.seed, "init", 1)
     decoder = Decoder(len(world.subgoals), cfg.width, cfg.rank, cfg.decoder_hidden).to(run.device)
     optimizer = adamw(decoder, cfg.control_lr, cfg.control_wd)
-    first, seconds, done = resume(run, "control", decoder, optimizer)
+    first, seconds, done = resume(run, "control", decoder, optimizer, base)
     if not done:
         test, bayes, known = evaluation_data(run, 0.)
-        saver = Saver(run, "control", decoder, optimizer, seconds)
+        saver = Saver(run, "control", decoder, optimizer, seconds, base)
         bar = tqdm(total=cfg.control_steps, initial=first, desc="control", unit="step", mininterval=1)
         for step, batch in batches(run, "control", cfg.control_batch, 0., first, cfg.control_steps):
             with autocast(run):
                 loss = control_loss(base, decoder, batch["obs"][:, :-1], batch["action"], batch["subgoal"], batch["mask"])
-            require_finite(loss, run, "control", step)
-            optimise(loss, decoder, optimizer, cfg.control_lr * schedule(cfg, step, cfg.control_steps))
+            optimise(run, "control", step, loss, decoder, optimizer, cfg.control_lr * schedule(cfg, step, cfg.control_steps))
             bar.update()
             done = step + 1 == cfg.control_steps
-            if done or (step + 1) % max(cfg.control_steps // cfg.evaluations, 1) == 0:
+            if done or due(cfg, step, cfg.control_steps):
                 with torch.no_grad(), autocast(run):
                     nll = control_loss(base, decoder, test["obs"][:, :-1], test["action"], test["subgoal"], test["mask"]).item()
                 rng = seed_everything(EVAL_SEED, "eval", 0)
@@ -467,10 +505,10 @@ def discover(run):
     seed_everything(cfg.seed, "init", 2)
     meta = new_metacontroller(run)
     optimizer = adamw(meta, cfg.meta_lr, cfg.meta_wd)
-    first, seconds, done = resume(run, name, meta, optimizer)
+    first, seconds, done = resume(run, name, meta, optimizer, base)
     if not done:
         test, bayes, known = evaluation_data(run, 0.)
-        saver = Saver(run, name, meta, optimizer, seconds)
+        saver = Saver(run, name, meta, optimizer, seconds, base)
         bar = tqdm(total=cfg.meta_steps, initial=first, desc="discover", unit="step", mininterval=1)
         for step, batch in batches(run, "meta", cfg.meta_batch, 0., first, cfg.meta_steps):
             # NOT in paper: alpha grows from 0. With alpha in full from the start the code is given up before it carries anything.
@@ -478,11 +516,10 @@ def discover(run):
             noise = torch.randn(*batch["action"].shape, cfg.n_z, device=run.device)
             with autocast(run):
                 loss, _ = discovery_loss(base, meta.train(), batch["obs"][:, :-1], batch["action"], batch["mask"], noise, alpha)
-            require_finite(loss, run, name, step)
-            optimise(loss, meta, optimizer, cfg.meta_lr * schedule(cfg, step, cfg.meta_steps))
+            optimise(run, name, step, loss, meta, optimizer, cfg.meta_lr * schedule(cfg, step, cfg.meta_steps))
             bar.update()
             done = step + 1 == cfg.meta_steps
-            if done or (step + 1) % max(cfg.meta_steps // cfg.evaluations, 1) == 0:
+            if done or due(cfg, step, cfg.meta_steps):
                 rng = seed_everything(EVAL_SEED, "eval", 1)
                 noise = torch.randn(*test["action"].shape, cfg.n_z, device=run.device)
                 with torch.no_grad(), autocast(run):
@@ -510,56 +547,59 @@ def visited(world, data, row):
     return "-".join(str(colour[b]) for a, b in zip(cells[:-1], cells[1:]) if a != b and b in colour) or "none"
 
 
+def reinforce(run, name, model, lr, update, trial, parent):
+    """The loop of both kinds of RL. `update(optimizer, rng)` plays a batch and learns from it; `trial(rng)` plays without learning.
+
+    Both kinds see the same number of episodes; the layouts of their evaluations are the same.
+    """
+    cfg, world = run.cfg, world_of(run.cfg)
+    optimizer = adamw(model, lr, 0.)  # Table A13: weight decay 0
+    first, seconds, done = resume(run, name, model, optimizer, parent)
+    if not done:
+        saver = Saver(run, name, model, optimizer, seconds, parent)
+        bar = tqdm(total=cfg.rl_updates, initial=first, desc=name, unit="update", mininterval=1)
+        for step in range(first, cfg.rl_updates):
+            report = update(optimizer, seed_everything(cfg.seed, name.split("-")[0], step))
+            bar.update()
+            done = step + 1 == cfg.rl_updates
+            if done or due(cfg, step, cfg.rl_updates):
+                data, success, gates = trial(seed_everything(EVAL_SEED, "eval", 2))
+                log(run, name, bar, ("episodes", "success", *(key for key in ("abstract_actions", "std") if key in report), "eval_success"),
+                    step=step + 1, seconds=saver.seconds(), episodes=(step + 1) * cfg.rl_batch, **report, eval_success=success.mean().item())
+                bar.write(f"      task {'-'.join(map(str, world.post_task))}  visited {visited(world, data, 0)}  gate "
+                          + "".join("^" if b > .5 else "." for b in gates[0, :data.length[0]].tolist()))
+            saver.step(step + 1, done)
+        bar.close()
+    return model.requires_grad_(False).eval()
+
+
 def rl(run):
     """Stage 3 (C.5): internal RL on the post-training task, which no demonstration ever showed."""
-    cfg, world, name = run.cfg, world_of(run.cfg), "policy" + suffix(run)
+    cfg, world = run.cfg, world_of(run.cfg)
     base, meta = discover(run)
     seed_everything(cfg.seed, "init", 3)
     policy = Policy(cfg.width, cfg.n_z, cfg.policy_width, min_std=cfg.min_std).to(run.device)
-    optimizer = adamw(policy, cfg.rl_lr, 0.)  # Table A13: weight decay 0
-    first, seconds, done = resume(run, name, policy, optimizer)
-    if not done:
-        saver = Saver(run, name, policy, optimizer, seconds)
-        bar = tqdm(total=cfg.rl_updates, initial=first, desc="internal RL", unit="update", mininterval=1)
-        for step in range(first, cfg.rl_updates):
-            rng = seed_everything(cfg.seed, "policy", step)
-            report = internal_rl_step(base, meta, policy, optimizer, world, rng, cfg.rl_batch, cfg.rl_epochs, cfg.rl_clip)
-            bar.update()
-            done = step + 1 == cfg.rl_updates
-            log_line = {"step": step + 1, "seconds": saver.seconds(), "episodes": (step + 1) * cfg.rl_batch, **report}
-            if done or (step + 1) % max(cfg.rl_updates // cfg.evaluations, 1) == 0:
-                rng = seed_everything(EVAL_SEED, "eval", 2)
-                data, success, env = internal_episodes(base, meta, world, rng, cfg.eval_episodes, policy)
-                log(run, name, bar, ("episodes", "success", "abstract_actions", "std", "eval_success"), **log_line, eval_success=success.mean().item())
-                bar.write(f"      task {'-'.join(map(str, world.post_task))}  visited {visited(world, data, 0)}  gate "
-                          + "".join("^" if b > .5 else "." for b in env.gates[0, :data.length[0]].tolist()))
-            saver.step(step + 1, done)
-        bar.close()
-    return base, meta, policy.requires_grad_(False).eval()
+
+    def trial(rng):
+        data, success, env = internal_episodes(base, meta, world, rng, cfg.eval_episodes, policy)
+        return data, success, env.gates
+
+    update = lambda optimizer, rng: internal_rl_step(base, meta, policy, optimizer, world, rng, cfg.rl_batch, cfg.rl_epochs, cfg.rl_clip)
+    return base, meta, reinforce(run, "policy" + suffix(run), policy, cfg.rl_lr, update, trial, meta)
 
 
 def raw(run):
-    """The rival (C.5.3): the same update, the same episodes, on raw actions."""
+    """The rival (C.5.3): the same update and as many episodes, on raw actions, all weights of the base model trained."""
     cfg, world = run.cfg, world_of(run.cfg)
-    base = pretrain(run).requires_grad_(True)
-    optimizer = adamw(base, cfg.raw_lr, 0.)
-    first, seconds, done = resume(run, "raw", base, optimizer)
-    if not done:
-        saver = Saver(run, "raw", base, optimizer, seconds)
-        bar = tqdm(total=cfg.rl_updates, initial=first, desc="raw-action RL", unit="update", mininterval=1)
-        for step in range(first, cfg.rl_updates):
-            rng = seed_everything(cfg.seed, "raw", step)
-            report = raw_rl_step(base, optimizer, world, rng, cfg.rl_batch, cfg.rl_epochs, cfg.rl_clip)
-            bar.update()
-            done = step + 1 == cfg.rl_updates
-            if done or (step + 1) % max(cfg.rl_updates // cfg.evaluations, 1) == 0:
-                rng = seed_everything(EVAL_SEED, "eval", 2)
-                _, success, _ = play(base, world, [world.post_task] * cfg.eval_episodes, rng)
-                log(run, "raw", bar, ("episodes", "success", "eval_success"), step=step + 1, seconds=saver.seconds(),
-                    episodes=(step + 1) * cfg.rl_batch, **report, eval_success=success.mean().item())
-            saver.step(step + 1, done)
-        bar.close()
-    return base.requires_grad_(False).eval()
+    parent = pretrain(run)
+    base = copy.deepcopy(parent).requires_grad_(True)
+
+    def trial(rng):
+        data, success, _ = play(base, world, [world.post_task] * cfg.eval_episodes, rng)
+        return data, success, np.ones(data.action.shape)  # every step is a decision
+
+    update = lambda optimizer, rng: raw_rl_step(base, optimizer, world, rng, cfg.rl_batch, cfg.rl_epochs, cfg.rl_clip)
+    return reinforce(run, "raw", base, cfg.raw_lr, update, trial, parent)
 
 
 def evaluate(run):
@@ -568,19 +608,18 @@ def evaluate(run):
     rows = []
     base = pretrain(run)
     fresh_rng = lambda: seed_everything(EVAL_SEED, "eval", 3)
-    exists = lambda name: (run.folder / f"{name}.pt").exists()
     _, success, _ = play(base, world, [world.post_task] * n, fresh_rng())
     rows.append(("blind sampling from the base model", success.mean()))
-    if exists("control"):
+    if finished(run, "control"):
         rows.append(("true-subgoal controllers (C.3)", control_success(base, control(run), world, fresh_rng(), n)))
-    if exists("meta" + suffix(run)):
+    if finished(run, "meta" + suffix(run)):
         base, meta = discover(run)
         rows.append(("codes from the prior, before RL", internal_episodes(base, meta, world, fresh_rng(), n)[1].mean()))
-    if exists("policy" + suffix(run)):
+    if finished(run, "policy" + suffix(run)):
         base, meta, policy = rl(run)
         rows.append(("internal RL" + (", forced switching" if suffix(run) else ""),
                      internal_episodes(base, meta, world, fresh_rng(), n, policy)[1].mean()))
-    if exists("raw"):
+    if finished(run, "raw"):
         rows.append(("raw-action RL", play(raw(run), world, [world.post_task] * n, fresh_rng())[1].mean()))
     print(f"\nsuccess on the post-training task {'-'.join(map(str, world.post_task))}, {n} episodes, sampled actions")
     for text, success in rows:
@@ -608,7 +647,7 @@ def parse(argv):
     parser.add_argument("--preset", choices=PRESETS, default="grid-small")
     parser.add_argument("--rival", choices=RIVALS, default="none", help="raw: raw-action RL alone; forced: beta = 1 from stage 2 on")
     parser.add_argument("--out", default="runs", help="folder for checkpoints and logs")
-    parser.add_argument("--fresh", action="store_true", help="train the stage and all its inputs again")
+    parser.add_argument("--fresh", action="store_true", help="first delete the checkpoints of the stage and of its inputs")
     for field in dataclasses.fields(Config):
         parser.add_argument(f"--{field.name}", type=boolean if field.type is bool else field.type, metavar=field.type.__name__, help=field.metadata["help"])
     args = vars(parser.parse_args(argv))
@@ -617,16 +656,21 @@ def parse(argv):
     if args["rival"] == "forced":
         cfg.gate = "forced"
     check(cfg)
-    run = Run(cfg, args["preset"], Path(args["out"]) / args["preset"] / f"seed{cfg.seed}", set())
-    if args["fresh"]:
-        run.fresh = {"base", "control", "meta" + suffix(run), "policy" + suffix(run), "raw"}
-    return run, args["stage"], args["rival"]
+    if args["rival"] == "raw" and args["stage"] != "rl":
+        raise Refused("--rival raw is a kind of RL: it goes with --stage rl")
+    run = Run(cfg, args["preset"], Path(args["out"]) / args["preset"] / f"seed{cfg.seed}")
+    names = ("base", "raw") if args["rival"] == "raw" else NEEDS[args["stage"]]
+    run.names = tuple(name + (suffix(run) if name in ("meta", "policy") else "") for name in names)
+    return run, args["stage"], args["rival"], args["fresh"]
 
 
 def main(argv=None):
     try:
-        run, stage, rival = parse(argv)
-        for name in ("base", "control", "meta" + suffix(run), "policy" + suffix(run), "raw"):
+        run, stage, rival, fresh = parse(argv)
+        for name in run.names:
+            if fresh:
+                for kind in ("pt", "jsonl"):
+                    (run.folder / f"{name}.{kind}").unlink(missing_ok=True)
             read_checkpoint(run, name)  # refuse bad files now, not after an hour of training
         print(f"{run.preset}, seed {run.cfg.seed}: " + " ".join(f"{k}={v}" for k, v in dataclasses.asdict(run.cfg).items()))
         choose_device(run)
@@ -644,11 +688,11 @@ def main(argv=None):
     except Refused as refusal:
         print(f"train.py: {refusal}", file=sys.stderr)
         return 2
-    except FloatingPointError as error:
+    except (FloatingPointError, OSError) as error:  # a diverged loss; a folder that can't be written, a full disk
         print(f"train.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ntrain.py: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("\ntrain.py: interrupted; the same command, without --fresh, goes on from the last checkpoint", file=sys.stderr)
         return 130
     return 0
 

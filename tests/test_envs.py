@@ -286,6 +286,14 @@ def test_pictures_show_agent_walls_and_colours():
     assert text.render().count("#") == 4 and text.render().count("@") == 1
 
 
+def test_an_action_that_does_not_exist_is_refused():
+    env = gym.make("GridPinpad-v0").unwrapped
+    env.reset(seed=0)
+    for action in (-1, 4):
+        with pytest.raises(ValueError, match="not one of 0 to 3"):
+            env.step(action)
+
+
 def test_errands_table_follows_its_rule():
     for task in TASK_SETS["errands"][1].split():
         a, h1, b, h2, c, h3 = (int(x) for x in task.split("-"))

@@ -194,7 +194,7 @@ def test_grid_paper_has_exactly_the_papers_sizes_and_takes_a_step():
     assert (cfg.meta_steps, cfg.meta_batch, cfg.meta_lr, cfg.meta_wd) == (64_000, 512, 1e-3, .03) and cfg.alpha in (0, .05, .1, .17, .3, .5, 1)
     assert (cfg.policy_width, cfg.rl_updates, cfg.rl_batch, cfg.rl_lr) == (256, 100_000, 1024, 3e-5)  # A13
     assert not cfg.underfoot and cfg.mixer == "attention"
-    run = train.Run(cfg, "grid-paper", Path("unused"), set())
+    run = train.Run(cfg, "grid-paper", Path("unused"))
     base, meta = train.new_base(run), train.new_metacontroller(run)
     attention, mlp_, norms = 4 * 256 ** 2 + 4 * 256, 2 * 256 * 512 + 512 + 256, 4 * 256
     blocks = 6 * (attention + mlp_ + norms)
@@ -205,7 +205,7 @@ def test_grid_paper_has_exactly_the_papers_sizes_and_takes_a_step():
     losses = []
     for _ in range(3):
         losses.append(pretraining_loss(base, data["obs"], data["action"], data["mask"])[0])
-        train.optimise(losses[-1], base, optimizer, cfg.base_lr)
+        train.optimise(run, "base", 0, losses[-1], base, optimizer, cfg.base_lr)
     assert losses[2] < losses[0]
 
 

@@ -52,7 +52,7 @@ def test_one_command_runs_every_stage_and_ends_with_the_comparison(finished):
         assert row in tail
     for word in ("device cpu", "dtype torch.float32", "compile off"):  # each choice with its reason in brackets
         assert f"{word} (" in text
-    logs = {name: train.read_log(train.Run(None, "smoke", folder, set()), name) for name in NAMES}
+    logs = {name: train.read_log(train.Run(None, "smoke", folder), name) for name in NAMES}
     assert {"nll", "bayes", "known", "gap_closed", "episodes_per_s"} <= logs["base"][-1].keys()
     assert {"nll", "success", "layer"} <= logs["control"][-1].keys()
     assert {"nll", "kl_per_episode", "switches", "true_switches", "precision", "recall", "f1", "f1_1", "undecided", "code_identity",
@@ -127,6 +127,10 @@ WRONG = {
     "negative alpha": (["--alpha", "-1"], "alpha"),
     "no steps": (["--meta_steps", "0"], "meta_steps"),
     "unknown gate": (["--gate", "ajar"], "gate"),
+    "one bucket": (["--buckets", "1"], "buckets"),
+    "not a number": (["--base_lr", "nan"], "base_lr"),
+    "rival of another stage": (["--rival", "raw", "--stage", "discover"], "rival"),
+    "neither true nor false": (["--underfoot", "maybe"], "maybe"),
     "eps of one": (["--eps", "1.0"], "eps"),
     "no such device": (["--device", "tpu"], "device"),
 }
@@ -181,8 +185,44 @@ def test_a_checkpoint_of_another_preset_or_configuration_is_refused(finished, tm
     for flag, value, name in (("--base_lr", "0.5", "base"), ("--alpha", "0.5", "meta"), ("--rl_lr", "0.5", "policy")):
         sentence = refused([*TINY, "--out", str(tmp_path / "runs"), flag, value], capsys)
         assert f"{name}.pt" in sentence and flag[2:] in sentence
-    # What a stage does not depend on may change: a base serves every metacontroller.
-    assert train.main([*TINY, "--stage", "pretrain", "--out", str(tmp_path / "runs"), "--eval_episodes", "7"]) == 0
+    # What a stage does not depend on may change: a base serves every metacontroller, every layer, every learning rate of RL.
+    assert train.main([*TINY, "--stage", "pretrain", "--out", str(tmp_path / "runs"), "--alpha", "0.5", "--layer", "2", "--rl_lr", "1"]) == 0
+    assert train.main([*TINY, "--stage", "control", "--out", str(tmp_path / "runs"), "--alpha", "0.5", "--eval_episodes", "7"]) == 0
+
+
+def edited(path, **changes):
+    torch.save({**torch.load(path, weights_only=True), **changes}, path)
+
+
+def test_a_checkpoint_trained_on_another_base_is_refused(finished, tmp_path, capsys):
+    folder = copied(finished, tmp_path)
+    weights_ = torch.load(folder / "base.pt", weights_only=True)["model"]
+    weights_["norm.weight"] += 1e-3
+    edited(folder / "base.pt", model=weights_)
+    assert train.main([*TINY, "--stage", "discover", "--out", str(tmp_path / "runs")]) == 2
+    assert "meta.pt was trained on another base" in capsys.readouterr().err
+
+
+def test_eval_and_figures_take_no_unfinished_checkpoint_for_a_result(finished, tmp_path, capsys):
+    import figures
+    folder = copied(finished, tmp_path)
+    edited(folder / "policy.pt", done=False)
+    before = (folder / "policy.pt").read_bytes()
+    assert train.main([*TINY, "--stage", "eval", "--out", str(tmp_path / "runs")]) == 0
+    out = capsys.readouterr().out
+    assert "raw-action RL" in out and "internal RL" not in out
+    assert figures.main(["--preset", "smoke", "--out", str(tmp_path / "runs"), "--to", str(tmp_path / "pictures")]) == 0
+    assert "no finished policy.pt, skipped" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == ["curves.png", "gate.png"]
+    assert (folder / "policy.pt").read_bytes() == before
+
+
+def test_figures_draws_all_that_the_runs_have(finished, tmp_path):
+    import figures
+    assert figures.main(["--preset", "smoke", "--out", str(finished[0]), "--to", str(tmp_path)]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["agent.gif", "curves.png", "gate.png", "success.png"]
+    assert all(path.stat().st_size > 2000 for path in tmp_path.iterdir())
+    assert figures.main(["--preset", "grid-paper", "--out", str(finished[0])]) == 2
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path, capsys, monkeypatch):
@@ -204,7 +244,7 @@ def test_rivals_have_files_of_their_own(finished, tmp_path):
     done = subprocess.run(command(tmp_path / "runs", "--rival", "forced"), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (folder / "meta-forced.pt").exists() and (folder / "policy-forced.pt").exists() and "forced switching" in done.stdout
-    line = train.read_log(train.Run(None, "smoke", folder, set()), "policy-forced")[-1]
+    line = train.read_log(train.Run(None, "smoke", folder), "policy-forced")[-1]
     assert line["abstract_actions"] > 1.5  # a code at every step
     assert same(weights(tmp_path / "runs", "meta"), weights(finished[0], "meta"))
 
@@ -212,7 +252,7 @@ def test_rivals_have_files_of_their_own(finished, tmp_path):
 def test_any_step_can_be_the_first(tmp_path):
     """What a step trains on depends on (seed, stage, step) alone: the root of resuming bit for bit."""
     cfg = train.PRESETS["smoke"]
-    run = train.Run(cfg, "smoke", tmp_path, set())
+    run = train.Run(cfg, "smoke", tmp_path)
     def steps(first):
         return {step: (batch["obs"].clone(), torch.randn(3)) for step, batch in train.batches(run, "base", 8, 0., first, 70)}
     whole, part = steps(0), steps(37)
@@ -222,7 +262,7 @@ def test_any_step_can_be_the_first(tmp_path):
 
 def test_batches_waste_little_on_padding_and_leave_nothing_out():
     cfg = train.PRESETS["grid-small"]
-    run = train.Run(cfg, "grid-small", Path("unused"), set())
+    run = train.Run(cfg, "grid-small", Path("unused"))
     masks = [batch["mask"] for _, batch in train.batches(run, "base", 32, 0., 0, train.CHUNK)]
     assert np.mean([mask.float().mean() for mask in masks]) > .9
     data = train.generate(train.world_of(cfg), train.seed_everything(0, "base", 0), train.CHUNK * 32)
