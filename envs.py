@@ -397,6 +397,12 @@ class Trajectories:
         things = np.broadcast_to(self.things[:, None], (N, T1, self.things.shape[1]))
         return np.concatenate([things, self.agent[..., None]], axis=-1)
 
+    def visited(self, row):
+        """The colours that episode `row` visited, in order, as text: '0-4-1'. (Walls are things too, but are never entered.)"""
+        cells = self.agent[row, :self.length[row] + 1]
+        thing = {cell: k for k, cell in enumerate(self.things[row])}
+        return "-".join(str(thing[b]) for a, b in zip(cells[:-1], cells[1:]) if a != b and b in thing) or "none"
+
     def switches(self):
         """(N, T) bool: the "true switches", first steps of a new subgoal; never at t=0."""
         new = np.zeros(self.segment.shape, bool)

@@ -129,7 +129,7 @@ def draw_film(folder, to):
         for k in range(world.O):
             row, column = divmod(int(obs[t, k]), world.G)
             left.text(column * 32 + 4, row * 32 + 9, str(k), fontsize=8)
-        left.set(title=f"{task}: {train.visited(world, data, n) if t == T else ''}", xticks=[], yticks=[])
+        left.set(title=f"{task}: {data.visited(n) if t == T else ''}", xticks=[], yticks=[])
         above.step(np.arange(min(t + 1, T)), gate[:t + 1], where="mid", color="black")
         above.set(title="gate", xlim=(-.5, T), ylim=(-.05, 1.05), xlabel="step")
         below.imshow(np.where(np.arange(T) <= t, code, np.nan), aspect="auto", cmap="coolwarm", vmin=-2.5, vmax=2.5)

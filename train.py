@@ -122,11 +122,11 @@ PRESETS = {
                     meta_steps=60, meta_batch=32, meta_lr=3e-3, alpha_ramp=40, n_h=16, n_s=8, encoder_hidden=16, decoder_hidden=16,
                     policy_width=32, rl_updates=10, rl_batch=64, rl_lr=1e-3, raw_lr=1e-3, eval_episodes=200, evaluations=3, save_seconds=1.),
     # A laptop. The world and every value that differs from the paper are discussed in the README.
-    "grid-small": Config(G=4, O=4, W=0, T=40, task_set="singles", width=128, layers=4, heads=4, hidden=256, underfoot=True, lam=0., layer=1,
+    "grid-small": Config(G=4, O=4, W=0, T=40, task_set="singles", width=128, layers=4, heads=4, hidden=256, underfoot=True, lam=0., layer=2,
                          warmup=100, decay=.5, base_steps=9000, base_batch=64, base_lr=3e-3,
                          control_steps=1500, control_batch=128, control_lr=3e-3,
-                         meta_steps=2000, meta_batch=64, meta_lr=3e-3, alpha=.15, alpha_ramp=900,
-                         rl_updates=400, rl_batch=512, rl_lr=1e-3, raw_lr=3e-4, rl_epochs=2, evaluations=10),
+                         meta_steps=2000, meta_batch=64, meta_lr=3e-3, alpha=.15, alpha_ramp=3000,
+                         rl_updates=200, rl_batch=512, rl_lr=1e-3, raw_lr=3e-4, rl_epochs=2, evaluations=10),
     # The paper's gridworld, sizes and rates: A.1, Tables A4, A7, A9, A13, A16. What remains different is marked NOT in paper.
     "grid-paper": Config(),
 }
@@ -411,6 +411,14 @@ def adamw(model, lr, wd):
     return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=wd, betas=(.9, .999), fused=True)
 
 
+def show_actions(bar, test, logits):
+    """The first test episode, decoded: true subgoals, the expert's actions, the likeliest action under logits (1, T, A)."""
+    T, arrows = int(test["mask"][0].sum()), "^>v<"
+    bar.write("      subgoal " + "".join(map(str, test["subgoal"][0, :T].tolist())))
+    bar.write("      expert  " + "".join(arrows[a] for a in test["action"][0, :T].tolist()))
+    bar.write("      model   " + "".join(arrows[a] for a in logits[0, :T].argmax(-1).tolist()))
+
+
 def due(cfg, step, steps):
     """Is there an evaluation after step `step`? About `evaluations` of them, evenly spread; the last step always has one."""
     return (step + 1) % max(steps // cfg.evaluations, 1) == 0
@@ -458,6 +466,8 @@ def pretrain(run):
                 log(run, "base", bar, ("nll", "bayes", "known", "gap_closed", "episodes_per_s"), step=step + 1, seconds=saver.seconds(),
                     episodes=(step + 1) * cfg.base_batch, nll=nll, bayes=bayes, known=known, gap_closed=(uniform - nll) / (uniform - bayes),
                     train_loss=loss.item(), episodes_per_s=(step + 1) * cfg.base_batch / saver.seconds())
+                with torch.no_grad():
+                    show_actions(bar, test, base.action_logits(base.lower(test["obs"][:1, :-1])))
             saver.step(step + 1, done)
         bar.close()
     return base.requires_grad_(False).eval()
@@ -488,6 +498,9 @@ def control(run):
                 success = control_success(base, decoder, world, rng, cfg.eval_episodes)
                 log(run, "control", bar, ("nll", "known", "success"), step=step + 1, seconds=saver.seconds(), nll=nll, bayes=bayes,
                     known=known, success=success, layer=cfg.layer)
+                with torch.no_grad():
+                    z = torch.nn.functional.one_hot(test["subgoal"][:1], len(world.subgoals)).float()  # (1, T, subgoals)
+                    show_actions(bar, test, base.action_logits(decoder(base.lower(test["obs"][:1, :-1]), z)))
             saver.step(step + 1, done)
         bar.close()
     return decoder.requires_grad_(False).eval()
@@ -540,13 +553,6 @@ def discover(run):
     return base, meta.requires_grad_(False).eval()
 
 
-def visited(world, data, row):
-    """The colours that episode `row` visited, in order, as text: '0-4-1'."""
-    cells = data.agent[row, :data.length[row] + 1]
-    colour = {cell: c for c, cell in enumerate(data.things[row, :world.O])}
-    return "-".join(str(colour[b]) for a, b in zip(cells[:-1], cells[1:]) if a != b and b in colour) or "none"
-
-
 def reinforce(run, name, model, lr, update, trial, parent):
     """The loop of both kinds of RL. `update(optimizer, rng)` plays a batch and learns from it; `trial(rng)` plays without learning.
 
@@ -566,7 +572,7 @@ def reinforce(run, name, model, lr, update, trial, parent):
                 data, success, gates = trial(seed_everything(EVAL_SEED, "eval", 2))
                 log(run, name, bar, ("episodes", "success", *(key for key in ("abstract_actions", "std") if key in report), "eval_success"),
                     step=step + 1, seconds=saver.seconds(), episodes=(step + 1) * cfg.rl_batch, **report, eval_success=success.mean().item())
-                bar.write(f"      task {'-'.join(map(str, world.post_task))}  visited {visited(world, data, 0)}  gate "
+                bar.write(f"      task {'-'.join(map(str, world.post_task))}  visited {data.visited(0)}  gate "
                           + "".join("^" if b > .5 else "." for b in gates[0, :data.length[0]].tolist()))
             saver.step(step + 1, done)
         bar.close()
