@@ -16,7 +16,7 @@ import train
 
 ROOT = Path(__file__).resolve().parents[1]
 # Even smaller than smoke, where only the machinery is tested.
-TINY = ["--preset", "smoke", "--threads", "1", "--base_steps", "70", "--control_steps", "40", "--meta_steps", "45", "--rl_updates", "6",
+TINY = ["--preset", "smoke", "--threads", "1", "--base_steps", "70", "--control_steps", "40", "--meta_steps", "45", "--rl_updates", "12",
         "--eval_episodes", "40", "--evaluations", "2"]
 NAMES = ("base", "control", "meta", "policy", "raw")
 
@@ -58,7 +58,7 @@ def test_one_command_runs_every_stage_and_ends_with_the_comparison(finished):
     assert {"nll", "kl_per_episode", "switches", "true_switches", "precision", "recall", "f1", "f1_1", "undecided", "code_identity",
             "code_success"} <= logs["meta"][-1].keys()
     assert {"success", "episodes", "abstract_actions", "std", "raw_steps"} <= logs["policy"][-1].keys()
-    assert all(line["step"] == steps for line, steps in ((logs["base"][-1], 70), (logs["policy"][-1], 6)))
+    assert all(line["step"] == steps for line, steps in ((logs["base"][-1], 70), (logs["policy"][-1], 12)))
 
 
 def test_a_finished_stage_is_reused_and_fresh_starts_again(finished, tmp_path):
@@ -85,16 +85,18 @@ def test_killed_at_any_moment_it_ends_with_the_same_weights(finished, tmp_path, 
         (folder / f"{other}.pt").write_bytes((out / "smoke" / "seed0" / f"{other}.pt").read_bytes())
     line = command(tmp_path, "--stage", stage, "--save_seconds", "0", *(["--rival", "raw"] if name == "raw" else []))
     chance, kills = random.Random(name), 0
+    written = lambda: (folder / f"{name}.pt").stat().st_mtime_ns if (folder / f"{name}.pt").exists() else 0
     for _ in range(2):
+        before = written()
         process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while not (folder / f"{name}.pt").exists() and process.poll() is None:
+        while written() == before and process.poll() is None:  # until it has written a checkpoint of its own
             time.sleep(.002)
-        time.sleep(chance.random() * .1)
+        time.sleep(chance.random() * .04)
         if process.poll() is None and not torch.load(folder / f"{name}.pt", weights_only=True)["done"]:
             kills += 1
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert kills > 0, "the stage finished before it could be killed: nothing was tested"
+    assert kills == 2, "the stage finished before it could be killed: nothing was tested"
     finish = subprocess.run(line, capture_output=True, text=True)
     assert finish.returncode == 0 and f"{name}: continues at step" in finish.stdout
     assert same(weights(tmp_path, name), weights(out, name))
