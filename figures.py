@@ -55,7 +55,7 @@ def draw_curves(folders, to):
               (("base", "stage 1: base model"), ("control", "C.3: true subgoals"), ("meta", "stage 2: metacontroller"))]
     panels = [panel for panel in panels if panel[2]]
     figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), squeeze=False)
-    for axis, (name, title, seeds) in zip(axes[0], panels):
+    for axis, (_, title, seeds) in zip(axes[0], panels):
         for log in seeds:
             axis.plot([line["step"] for line in log], [line["nll"] for line in log], color="tab:blue", alpha=.7)
         axis.axhline(seeds[0][-1]["bayes"], color="black", ls="--", lw=1, label="Bayes-optimal, goal unknown")

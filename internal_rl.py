@@ -27,7 +27,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from envs import generate, sample_layouts, simulate
+from envs import sample_layouts, simulate
 from model import Block, Hawk, linear
 
 BETA_THRESHOLD = 0.5  # Algorithm 1 and C.6

@@ -444,7 +444,7 @@ def optimise(run, name, step, loss, model, optimizer, lr):
 
 def pretrain(run):
     """Stage 1 (C.1.2): the base model, frozen afterwards."""
-    cfg, world = run.cfg, world_of(run.cfg)
+    cfg = run.cfg
     seed_everything(cfg.seed, "init", 0)
     base = new_base(run)
     optimizer = adamw(base, cfg.base_lr, cfg.base_wd)
@@ -610,7 +610,7 @@ def raw(run):
 
 def evaluate(run):
     """Success of everything that has been trained, on the same fresh episodes of the post-training task."""
-    cfg, world, n = run.cfg, world_of(run.cfg), run.cfg.eval_episodes
+    world, n = world_of(run.cfg), run.cfg.eval_episodes
     rows = []
     base = pretrain(run)
     fresh_rng = lambda: seed_everything(EVAL_SEED, "eval", 3)

@@ -8,7 +8,7 @@ import torch
 import internal_rl
 from envs import World, generate
 from internal_rl import (InternalEnvironment, Policy, clipped_loss, code_identity, control_success, gaussian_logp, internal_episodes,
-                         internal_rl_step, play, raw_rl_step, relative_advantage, steer_by_code, steer_by_subgoal)
+                         internal_rl_step, play, raw_rl_step, relative_advantage, steer_by_subgoal)
 from metacontroller import Decoder, Metacontroller
 from model import SequenceModel
 

@@ -44,7 +44,7 @@ def test_embedding_by_look_up_equals_the_one_hot_product():
 
 
 def test_underfoot_adds_the_vector_of_the_colour_that_the_agent_stands_on():
-    model, (obs, _, mask) = new_model(underfoot=True), batch()
+    model, (obs, _, _) = new_model(underfoot=True), batch()
     with_it = model.embed(obs)
     extra, model.embed.underfoot = model.embed.underfoot, None
     difference = with_it - model.embed(obs)
