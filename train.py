@@ -97,7 +97,6 @@ class Config:
     # Stage 3: Table A13. The paper scans the learning rate over 3e-6 .. 3e-4 (C.5.5)
     policy_width: int = option(256, "policy", "width of the policy's Hawk layer")
     min_std: float = option(0., "policy", "floor of the policy's standard deviation")
-    rl_updates: int = option(100_000, "rl", "updates, for internal and for raw RL")
     rl_batch: int = option(1024, "rl", "episodes per update")
     rl_lr: float = option(3e-5, "policy", "learning rate of internal RL")
     raw_lr: float = option(3e-5, "raw", "learning rate of raw-action RL")
@@ -105,6 +104,7 @@ class Config:
     rl_clip: float = option(0.2, "rl", "clip range of the ratio")
 
     # How to run; no checkpoint depends on these, except that each seed has its own folder
+    rl_updates: int = option(100_000, "run", "updates, for internal and for raw RL; a finished run can be extended")
     eval_episodes: int = option(2000, "run", "episodes per reported success rate")
     evaluations: int = option(20, "run", "evaluations per stage")
     save_seconds: float = option(60., "run", "seconds between checkpoints")
@@ -241,9 +241,10 @@ def resume(run, name, model, optimizer, parent=None):
         optimizer.load_state_dict(saved["optimizer"])
     except (RuntimeError, ValueError) as error:
         raise Refused(f"{path} does not fit the model of this version of the code ({type(error).__name__}): delete it, or start again with --fresh") from None
-    if saved["done"]:
+    if saved["done"] and not (name.startswith(("policy", "raw")) and saved["step"] < run.cfg.rl_updates):
         print(f"{name}: finished earlier ({saved['seconds'] / 60:.1f} min), reused")
-    else:
+    else:  # interrupted; or RL, whose updates do not depend on how many there will be, asked for more of them
+        saved["done"] = False
         print(f"{name}: continues at step {saved['step']}")
         keep = [line for line in read_log(run, name) if line["step"] <= saved["step"]]  # steps after the checkpoint come again
         write_atomically(run.folder / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in keep).encode())

@@ -192,6 +192,17 @@ def test_a_checkpoint_of_another_preset_or_configuration_is_refused(finished, tm
     assert train.main([*TINY, "--stage", "control", "--out", str(tmp_path / "runs"), "--alpha", "0.5", "--eval_episodes", "7"]) == 0
 
 
+def test_finished_rl_can_be_extended_and_equals_a_longer_run(finished, tmp_path):
+    folder = copied(finished, tmp_path)
+    line = [*TINY, "--rival", "raw", "--rl_updates", "14", "--out"]
+    assert train.main([*line, str(tmp_path / "runs")]) == 0  # 12 updates there, 2 more
+    (tmp_path / "once" / "smoke").mkdir(parents=True)
+    subprocess.run(["cp", "-r", str(folder), str(tmp_path / "once" / "smoke")], check=True)
+    (tmp_path / "once" / "smoke" / "seed0" / "raw.pt").unlink()
+    assert train.main([*line, str(tmp_path / "once")]) == 0
+    assert same(weights(tmp_path / "runs", "raw"), weights(tmp_path / "once", "raw"))
+
+
 def edited(path, **changes):
     torch.save({**torch.load(path, weights_only=True), **changes}, path)
 
