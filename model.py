@@ -49,7 +49,7 @@ class ObsEmbedding(nn.Module):
 
     underfoot=True adds a vector for the thing that shares the agent's cell. NOT in paper. It tells nothing that the observation does not
     hold, but "I stand on colour k" is an AND of two one-hots for each of the C cells, and a short-trained network does not
-    learn it (README, "What it takes on a laptop"): without it, it never uses the identity of the colour it has just visited.
+    learn it (README, "What was learned on the way"): without it, it never uses the identity of the colour it has just visited.
     """
 
     def __init__(self, cells, things, width, underfoot=False):

@@ -140,7 +140,6 @@ DEPENDS = {"base": ("world", "base"), "control": ("world", "base", "split", "con
 NEEDS = {"pretrain": ("base",), "control": ("base", "control"), "discover": ("base", "meta"),
          "rl": ("base", "control", "meta", "policy", "raw"), "eval": ("base", "control", "meta", "policy", "raw")}
 
-
 CHOICES = {"gate": ("soft", "gumbel", "forced"), "mixer": ("attention", "hawk"), "dtype": ("auto", "float32", "bfloat16"),
            "device": ("auto", "cpu", "cuda"), "compile": ("auto", "off", "inductor", "cudagraphs")}
 
