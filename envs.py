@@ -3,7 +3,7 @@
 Read this file first. It needs NumPy and gymnasium only. Bottom-up:
 
   1. task sets      Table A1, Table A2 and our smaller "errands", written as in the paper; `World` holds one world's rules
-  2. the rules      sample_layouts, next_cell: A.1.1 as two small tables
+  2. the rules      sample_layouts, next_cell: A.1.1 as small tables; the symmetries of the square
   3. GridWorlds     N worlds stepped at once, the ONE implementation of the rules
   4. GridPinpad     the same as a gymnasium environment (a batch of one), with rendering
   5. the expert     shortest paths by dynamic programming, the stochastic expert of C.1.1, labelled trajectories
@@ -147,6 +147,25 @@ def neighbour_table(G):
     row_after = np.stack([row - 1, row, row + 1, row], axis=1).clip(0, G - 1)  # (C, 4)
     column_after = np.stack([column, column + 1, column, column - 1], axis=1).clip(0, G - 1)
     return row_after * G + column_after
+
+
+def symmetries(G):
+    """The 8 rotations and reflections of the square: cells (8, C), where each cell goes, and actions (8, 4), what each action becomes.
+
+    next(cells[g][c], actions[g][a]) = cells[g][next(c, a)] on an empty grid; the first is the identity. Colours are left alone.
+    """
+    row, column = np.divmod(np.arange(G * G), G)
+    row, column = row - (G - 1) / 2, column - (G - 1) / 2  # seen from the centre
+    dy, dx = np.array([-1, 0, 1, 0]), np.array([0, 1, 0, -1])  # the actions as steps
+    cells, actions = [], []
+    for turn in ((1, 0, 0, 1), (0, 1, 1, 0)):  # (row, column) as it is, or transposed; each with both signs of both coordinates
+        for sy in (1, -1):
+            for sx in (1, -1):
+                a, b, c, d = np.array(turn) * (sy, sy, sx, sx)
+                cells.append((a * row + b * column + (G - 1) / 2) * G + c * row + d * column + (G - 1) / 2)
+                to = np.stack([a * dy + b * dx, c * dy + d * dx])  # (2, 4)
+                actions.append((to[:, :, None] == np.stack([dy, dx])[:, None]).all(0).argmax(1))  # (4,)
+    return np.array(cells).astype(np.int64), np.array(actions)
 
 
 def contents_table(world, things):

@@ -4,11 +4,13 @@
   2. success    success against episodes, linear and log axis, median and quartiles over seeds (Fig. 8, A5)
   3. gate       gate against true subgoals in example episodes (Fig. 6, A3)
   4. film       a GIF of the agent at the post-training task, with its gate and its code
+  5. results    results.json: the numbers of every seed, from the runs' own logs; README's tables are these
 
 Each is drawn from the .jsonl logs and .pt files of all seeds found; one whose data is missing is skipped, saying so. Nothing is trained.
 """
 import argparse
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
@@ -24,7 +26,7 @@ import train
 from envs import PALETTE, draw_grid, generate
 from internal_rl import internal_episodes
 
-LABELS = {"policy": "internal RL", "policy-forced": "forced switching", "raw": "raw-action RL"}
+LABELS = {"policy": "internal RL", "policy-forced": "forced switching", "policy-cotrain": "co-training", "raw": "raw-action RL"}
 
 
 def open_run(folder, name):
@@ -69,7 +71,7 @@ def draw_curves(folders, to):
 
 def draw_success(folders, to):
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
-    for name, colour in zip(LABELS, ("tab:blue", "tab:orange", "tab:red")):
+    for name, colour in zip(LABELS, ("tab:blue", "tab:orange", "tab:green", "tab:red")):
         seeds = logs(folders, name)
         if not seeds:
             continue
@@ -96,8 +98,8 @@ def draw_gate(folder, to, episodes=4):
     rng = train.seed_everything(train.EVAL_SEED, "eval", 9)
     data = generate(world, rng, episodes)
     with torch.no_grad():
-        e = base.lower(torch.from_numpy(data.obs()[:, :-1]))
-        _, beta, _, _ = meta(e, torch.from_numpy(data.length), torch.randn(*e.shape[:2], meta.n_z))
+        reading = base.reading(base.lower(torch.from_numpy(data.obs())))
+        _, beta, _, _ = meta(reading, torch.from_numpy(data.length) + 1, torch.randn(*data.action.shape, meta.n_z))
     figure, axes = plt.subplots(episodes, 1, figsize=(8, 1.3 * episodes), sharex=True, sharey=True)
     for n, axis in enumerate(axes):
         T = data.length[n]
@@ -141,6 +143,36 @@ def draw_film(folder, to):
     print(f"wrote {to / 'agent.gif'}")
 
 
+# ------------------------------------------------------------------------------------------------ 5. results
+
+def seed_results(folder):
+    """The numbers of one seed, for results.json. None where something has not been run.
+
+    bayes_gap_closed, switch_f1 (exact step), switch_f1_1 (+-1): shares. code_identity: share of its maximum. *_success: share of fresh episodes of the
+    post-training task. *_episodes: episodes trained on. minutes: the path of `--stage rl` (base, control, meta, policy, raw), rivals excluded.
+    """
+    last = {name: (logs([folder], name) or [[{}]])[0][-1] for name in ("base", "control", "meta", "policy", "raw")}
+    read = lambda kind: json.loads((folder / f"eval{kind}.json").read_text()) if (folder / f"eval{kind}.json").exists() else {}
+    plain = read("")
+    identity = last["meta"].get("code_identity")
+    return {"seed": int(folder.name.removeprefix("seed")), "bayes_gap_closed": last["base"].get("gap_closed"), "control_success": plain.get("control_success"),
+            "switch_f1": last["meta"].get("f1"), "switch_f1_1": last["meta"].get("f1_1"),
+            "code_identity": identity and identity / last["meta"]["code_identity_max"], "code_success": plain.get("code_success"),
+            "rl_success": plain.get("rl_success"), "rl_episodes": last["policy"].get("episodes"),
+            "raw_success": plain.get("raw_success"), "raw_episodes": last["raw"].get("episodes"),
+            "forced_success": read("-forced").get("rl_success"), "cotrain_success": read("-cotrain").get("rl_success"),
+            "blind_success": plain.get("blind_success"), "minutes": sum(line.get("seconds", 0) for line in last.values()) / 60}
+
+
+def write_results(folders, preset, to):
+    """Replace this preset's entry of results.json; the other presets' stay."""
+    path = to / "results.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    results[preset] = {"seeds": [seed_results(folder) for folder in folders]}
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"wrote {path}")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--preset", choices=train.PRESETS, default="grid-small")
@@ -163,6 +195,7 @@ def main(argv=None):
         except train.Refused as refusal:
             print(f"figures.py: {refusal}", file=sys.stderr)
             return 2
+    write_results(folders, args.preset, to)
     return 0
 
 

@@ -52,8 +52,8 @@ def assign(state, rows, new):
 class Player:
     """The base model acting in N worlds: an `act` for `envs.simulate`.
 
-    `steer(e, state, worlds, rows) -> e` changes the residual stream (n, D) of the episodes `rows` (n,) before the upper blocks
-    read it. `state` is the rule's own memory; like the caches it follows the episodes when finished ones are dropped.
+    `steer(e, reading, state, worlds, rows) -> e` changes the residual stream e (n, D) of the episodes `rows` (n,) before the upper blocks
+    read it; reading (n, D) is the uncontrolled stream that metacontroller and policy look at (the same e, if base.read = base.layer). `state` is the rule's own memory; like the caches it follows the episodes when finished ones are dropped.
     All recurrent memory lives through the whole episode: nothing is reset at a switch (Algorithm 1).
     After the game, `logp` (N, T) holds ln p(a_t) of the actions taken.
     """
@@ -62,6 +62,7 @@ class Player:
         self.base, self.steer, self.state = base, steer, state or {}
         self.device = base.action_head.weight.device
         self.caches = base.init_cache(n, T, self.device)
+        self.reading_caches = base.init_cache(n, T, self.device) if steer is not None and base.read > base.layer else []
         self.rows, self.t = np.arange(n), 0
         self.logp = torch.zeros(n, T, device=self.device)
 
@@ -70,12 +71,14 @@ class Player:
         # Finished episodes ride along until they are a third of the batch: copying the caches at every step would cost more.
         if len(alive) < len(self.rows) * 2 / 3:
             keep = torch.from_numpy(np.searchsorted(self.rows, alive)).to(self.device)
-            self.caches, self.state, self.rows = select(self.caches, keep), select(self.state, keep), alive
+            self.caches, self.reading_caches = select(self.caches, keep), select(self.reading_caches, keep)
+            self.state, self.rows = select(self.state, keep), alive
         obs = torch.from_numpy(worlds.obs()[self.rows]).to(self.device)  # (n, K)
-        e = self.base.lower(obs[:, None], self.caches, self.t)[:, 0]  # (n, D)
+        e = self.base.lower(obs[:, None], self.caches, self.t)  # (n, 1, D)
         if self.steer is not None:
-            e = self.steer(e, self.state, worlds, self.rows)
-        log_p = self.base.action_logits(e[:, None], self.caches, self.t)[:, 0].log_softmax(-1)  # (n, A)
+            reading = self.base.reading(e, self.reading_caches, self.t)
+            e = self.steer(e[:, 0], reading[:, 0], self.state, worlds, self.rows)[:, None]
+        log_p = self.base.action_logits(e, self.caches, self.t)[:, 0].log_softmax(-1)  # (n, A)
         action = torch.multinomial(log_p.exp(), 1)  # (n, 1)
         self.logp[self.rows, self.t] = log_p.gather(1, action)[:, 0]
         self.t += 1
@@ -86,12 +89,12 @@ class Player:
 
 def steer_by_code(decoder):
     """Hold the code in state["z"] (n, n_z) for the whole episode."""
-    return lambda e, state, worlds, rows: decoder(e, state["z"])
+    return lambda e, reading, state, worlds, rows: decoder(e, state["z"])
 
 
 def steer_by_subgoal(decoder):
     """C.3: the controller of the true subgoal, switched at the right moments. A finished episode gets controller 0: unused."""
-    def steer(e, state, worlds, rows):
+    def steer(e, reading, state, worlds, rows):
         subgoal = torch.from_numpy(worlds.subgoal()[rows].clip(0)).to(e.device)
         return decoder(e, F.one_hot(subgoal, decoder.net[0].in_features).to(e.dtype))
     return steer
@@ -112,8 +115,8 @@ class InternalEnvironment:
         self.gates = torch.zeros(n, T, device=device)
         self.codes = torch.zeros(n, T, meta.n_z, device=device)
 
-    def __call__(self, e, state, worlds, rows):
-        beta, state["h"] = self.meta.switch_step(e, state["h"], state["z"])
+    def __call__(self, e, reading, state, worlds, rows):
+        beta, state["h"] = self.meta.switch_step(reading, state["h"], state["z"])
         if self.t == 0:
             beta = torch.ones_like(beta)  # the policy always acts first
         self.gates[rows, self.t] = beta
@@ -121,11 +124,11 @@ class InternalEnvironment:
         opens = ((beta > BETA_THRESHOLD) & playing).nonzero()[:, 0]  # (m,) rows whose gate is open
         if len(opens):
             memory = select(state["memory"], opens)
-            z, logp = self.policy(e[opens], memory)
+            z, logp = self.policy(reading[opens], memory)
             assign(state["memory"], opens, memory)
             state["z"] = state["z"].index_copy(0, opens, z)
             episode = torch.from_numpy(rows).to(e.device)[opens]
-            self.asked.append((episode, self.count[episode], e[opens], z, logp))
+            self.asked.append((episode, self.count[episode], reading[opens], z, logp))
             self.count[episode] += 1
         self.codes[rows, self.t] = state["z"]
         self.t += 1

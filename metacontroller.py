@@ -145,8 +145,9 @@ class Metacontroller(nn.Module):
         return torch.stack(codes, dim=1), torch.stack(betas, dim=1)
 
     def forward(self, e, length, noise):
-        """e (B, T, D), length (B,), noise (B, T, n_z) from N(0, I) -> z, beta, mu, logvar. Causal except through s."""
-        mu, logvar, switch_input = self.encode(e, length)
+        """e (B, T', D), length (B,) <= T', noise (B, T, n_z) from N(0, I), T <= T' -> z, beta, mu, logvar, each for T steps.
+        Causal except through s, which summarises e_1 .. e_length."""
+        mu, logvar, switch_input = (x[:, :noise.shape[1]] for x in self.encode(e, length))
         proposal = mu + noise * (logvar / 2).exp()  # Eq. 14, reparameterised
         z, beta = self.integrate(proposal, switch_input)
         return z, beta, mu, logvar
@@ -167,16 +168,23 @@ def kl_to_prior(mu, logvar):
     return .5 * (mu ** 2 + logvar.exp() - 1 - logvar).sum(-1)
 
 
-def discovery_loss(base, meta, obs, action, mask, noise, alpha):
+def discovery_loss(base, meta, obs, action, mask, noise, alpha, image=None):
     """Eq. 9 with lambda = 0 (Table A9), averaged over the steps that exist.
 
-    obs (B, T, K), action, mask (B, T), noise (B, T, n_z), alpha >= 0. Soft gate: the KL counts at every step, not weighted by
+    obs (B, T+1, K), action, mask (B, T), noise (B, T, n_z), alpha >= 0. s also sees the last observation, after the last action (NOT
+    in paper, which is silent): without it the last subgoal is the one whose colour is never seen to be reached.
+    image: None, or (obs, action) of the same episodes turned or reflected
+    (envs.symmetries): the codes are read from the episode and have to steer its image. NOT in paper. A code that says "up" or "to the
+    corner" is then worthless, one that says "to colour 2" is as good as before; without it the codes name directions (README). Soft gate: the KL counts at every step, not weighted by
     beta (E.1, continuous relaxation). Gumbel gate: it counts where the gate is open. Nothing penalises switching itself.
     Returns loss and a dict: nll and kl (nats per step), z, beta.
     """
-    with torch.no_grad():
+    e = base.lower(obs)  # (B, T+1, D); no gradient is recorded here, as the base is frozen (it is not in the co-training rival)
+    z, beta, mu, logvar = meta(base.reading(e), mask.sum(1) + 1, noise)
+    if image is not None:
+        obs, action = image
         e = base.lower(obs)
-    z, beta, mu, logvar = meta(e, mask.sum(1), noise)
+    e = e[:, :-1]  # (B, T, D): nothing is decided at the last observation
     nll = (action_nll(base.action_logits(meta.decoder(e, z)), action) * mask).sum() / mask.sum()
     kl = kl_to_prior(mu, logvar)  # (B, T)
     if meta.gate == "gumbel":

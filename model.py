@@ -47,31 +47,34 @@ class ObsEmbedding(nn.Module):
 
     `forward(obs)` equals `one_hot(obs) @ weight_matrix()` (a test holds them equal). The bias is that of a linear layer.
 
-    underfoot=True adds a vector for the thing that shares the agent's cell. NOT in paper. It tells nothing that the observation does not
-    hold, but "I stand on colour k" is an AND of two one-hots for each of the C cells, and a short-trained network does not
-    learn it (README, "What was learned on the way"): without it, it never uses the identity of the colour it has just visited.
+    relative=True embeds, instead of the cell of every thing, the displacement of every thing from the agent: a table of K-1 things x (2G-1)^2
+    displacements, as the ant's observation (A.2.1) gives colours and walls relative to the ant. NOT in paper for the grid. It tells
+    nothing that the observation does not hold (and leaves out where the grid ends), but "colour k is two cells to my left" and "I stand on colour k"
+    are ANDs of two one-hots for each of the C cells, which a network trained for minutes does not learn (README).
     """
 
-    def __init__(self, cells, things, width, underfoot=False):
+    def __init__(self, cells, things, width, relative=False):
         super().__init__()
+        self.G, self.relative = math.isqrt(cells), relative
+        self.kinds, self.rows = (things - 1, (2 * self.G - 1) ** 2) if relative else (things, cells)
         # NOT in paper: scale 1 instead of 0.1 here. The K ones of an observation are a fixed, tiny share of its entries, so
         # 0.1 / (C * K) would start the stream near zero.  N(0, 1/K) gives e_0 unit variance.
-        self.bag = nn.EmbeddingBag(cells * things, width, mode="sum")
+        self.bag = nn.EmbeddingBag(self.kinds * self.rows, width, mode="sum")
         nn.init.normal_(self.bag.weight, std=things ** -.5)
         self.bias = nn.Parameter(torch.zeros(width))
-        self.underfoot = nn.Parameter(torch.randn(things - 1, width)) if underfoot else None
-        self.register_buffer("offset", torch.arange(things) * cells, persistent=False)
+        self.register_buffer("offset", torch.arange(self.kinds) * self.rows, persistent=False)
 
     def forward(self, obs):
-        B, T, K = obs.shape
-        rows = (obs + self.offset).reshape(B * T, K)  # row of the table: thing k in cell c -> k * C + c
-        e = self.bag(rows).view(B, T, -1) + self.bias  # (B*T, D) -> (B, T, D)
-        if self.underfoot is not None:
-            e = e + (obs[..., :-1] == obs[..., -1:]).to(e.dtype) @ self.underfoot  # (B, T, K-1) @ (K-1, D)
-        return e
+        B, T, _ = obs.shape
+        if self.relative:
+            row, column = obs // self.G, obs % self.G
+            dy, dx = row[..., :-1] - row[..., -1:], column[..., :-1] - column[..., -1:]  # (B, T, K-1), each in -(G-1) .. G-1
+            obs = (dy + self.G - 1) * (2 * self.G - 1) + dx + self.G - 1
+        rows = (obs + self.offset).reshape(B * T, self.kinds)  # absolute: thing k in cell c -> row k * C + c of the table
+        return self.bag(rows).view(B, T, -1) + self.bias  # (B*T, D) -> (B, T, D)
 
     def weight_matrix(self):
-        """(C * K, D) in the order of `envs.one_hot`: cell-major for colours and walls, then the agent's cells."""
+        """(C * K, D) in the order of `envs.one_hot`: cell-major for colours and walls, then the agent's cells. Not for relative=True."""
         K, D = len(self.offset), self.bag.weight.shape[1]
         table = self.bag.weight.view(K, -1, D)  # (K, C, D)
         return torch.cat([table[:-1].transpose(0, 1).reshape(-1, D), table[-1]])  # (C*(K-1), D), (C, D)
@@ -244,13 +247,15 @@ class SequenceModel(nn.Module):
     """f_theta of the paper. `layer` is l: blocks 1..l are `lower`, blocks l+1..L are `upper`; l = 0 controls the embedding.
 
     cells, things: sizes of the observation (C, K). actions: A. The observation head exists only if lam > 0.
+    read >= layer: where the metacontroller and the policy read; NOT in paper, where they read the layer that they write (the default).
     """
 
     def __init__(self, cells, things, width, layers, heads, hidden, buckets, layer, lam=0., mixer="attention", actions=4,
-                 underfoot=False):
+                 relative=False, read=None):
         super().__init__()
         self.cells, self.things, self.layer, self.lam = cells, things, layer, lam
-        self.embed = ObsEmbedding(cells, things, width, underfoot)
+        self.read = layer if read is None else read
+        self.embed = ObsEmbedding(cells, things, width, relative)
         self.bias = RelativeBias(buckets, heads) if mixer == "attention" else None
         self.blocks = nn.ModuleList(Block(MIXERS[mixer](width, heads), width, hidden) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
@@ -272,6 +277,11 @@ class SequenceModel(nn.Module):
     def lower(self, obs, caches=None, t=None):
         """o_1:T -> e_1:T,l. obs (B, T, K) int64 -> (B, T, D). With caches (from `init_cache`): step t alone, T = 1."""
         return self._run(self.blocks[:self.layer], self.embed(obs), None if caches is None else caches[:self.layer], t)
+
+    def reading(self, e, caches=None, t=None):
+        """The UNCONTROLLED stream at layer `read`, from e_1:T,l: (B, T, D) -> (B, T, D). It needs caches of its own, since the upper
+        blocks' caches hold the controlled past. With read = layer it is e itself."""
+        return self._run(self.blocks[self.layer:self.read], e, None if caches is None else caches[self.layer:self.read], t)
 
     def upper(self, e, caches=None, t=None):
         """e_1:T,l, controlled or not -> final residual stream, normalised, (B, T, D); apply `action_head` / `obs_head` to it."""

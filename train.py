@@ -6,7 +6,8 @@
     rl       -> policy.pt    stage 3 (C.5): internal RL on the codes; and raw.pt, the rival on raw actions (C.5.3)
     eval                     success of all of them on the post-training task, side by side
 
-`--rival forced` trains the metacontroller with beta = 1 (C.4.1) and internal RL on it; `--rival raw` trains raw-action RL only.
+`--rival forced` trains the metacontroller with beta = 1 (C.4.1) and internal RL on it; `--rival cotrain` trains base and metacontroller
+together, from scratch, on the loss of stage 2, and internal RL on them; `--rival raw` trains raw-action RL only.
 A stage whose input is missing trains it first; a finished one is reused; an interrupted one goes on where it was, bit for bit.
 Files: runs/<preset>/seed<k>/*.pt and one .jsonl of metrics per stage.
 
@@ -31,7 +32,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from envs import World, exact_bounds, generate
+from envs import World, exact_bounds, generate, symmetries
 from internal_rl import (Policy, code_identity, control_success, internal_episodes, internal_rl_step, play, raw_rl_step)
 from metacontroller import Decoder, Metacontroller, control_loss, discovery_loss, gate_scores
 from model import SequenceModel, pretraining_loss
@@ -60,7 +61,7 @@ class Config:
     hidden: int = option(512, "base", "hidden units of a block's MLP")
     buckets: int = option(32, "base", "buckets of the relative position bias")
     mixer: str = option("attention", "base", "sequence mixer of the base: attention or hawk")
-    underfoot: bool = option(False, "base", "embed the thing under the agent (see model.ObsEmbedding)")
+    relative: bool = option(False, "base", "embed displacements from the agent instead of cells (see model.ObsEmbedding)")
     lam: float = option(0.01, "base", "lambda, weight of the observation loss")
     eps: float = option(0., "base", "share of random actions in the base's training data")
     base_steps: int = option(256_000, "base", "optimiser steps")
@@ -70,10 +71,9 @@ class Config:
     warmup: int = option(0, "base", "steps of linear warm-up of the learning rate, in every supervised stage")
     decay: float = option(0., "base", "share of a supervised stage, at its end, over which the learning rate falls to 0")
 
-    # Where and how strongly the stream may be steered: Tables A7 and A9
+    # Where the stream may be steered: Tables A7 and A9
     layer: int = option(3, "split", "l, the controlled layer: 0 (embedding) to L")
-    rank: int = option(16, "split", "rank of the controllers; 0 = full matrix")
-    decoder_hidden: int = option(32, "split", "hidden units of the decoder")
+    rank: int = option(16, "control", "rank of the controllers of true subgoals; 0 = full matrix")
 
     # Controllers of true subgoals: Table A7
     control_steps: int = option(3200, "control", "optimiser steps")
@@ -86,9 +86,15 @@ class Config:
     n_h: int = option(32, "meta", "width of the GRU")
     n_s: int = option(32, "meta", "dimension of the sequence embedding")
     encoder_hidden: int = option(64, "meta", "hidden units of the encoder")
+    meta_rank: int = option(16, "meta", "rank of the metacontroller's controllers; 0 = full matrix")
+    decoder_hidden: int = option(32, "meta", "hidden units of the decoder")
+    read: int = option(0, "meta", "layer that metacontroller and policy read, if above the controlled one")
+    symmetric: bool = option(False, "meta", "steer a turned or reflected image of the episode (see metacontroller.discovery_loss)")
     gate: str = option("soft", "meta", "gate: soft, gumbel (E.1) or forced (C.4.1)")
+    joint: bool = option(False, "meta", "train the base from scratch on the loss of stage 2, together with the metacontroller (co-training)")
     alpha: float = option(0.17, "meta", "weight of the KL")
-    alpha_ramp: int = option(1500, "meta", "steps over which alpha grows from 0")
+    alpha_start: int = option(0, "meta", "steps before alpha begins to grow from 0")
+    alpha_ramp: int = option(1500, "meta", "steps over which alpha then grows")
     meta_steps: int = option(64_000, "meta", "optimiser steps")
     meta_batch: int = option(512, "meta", "episodes per step")
     meta_lr: float = option(1e-3, "meta", "learning rate")
@@ -117,22 +123,22 @@ class Config:
 
 PRESETS = {
     # Seconds. Every stage runs; nothing is learned well. The tests use it.
-    "smoke": Config(G=3, O=3, W=0, T=12, task_set="tiny", width=32, layers=2, heads=2, hidden=64, lam=0.01, layer=1, rank=4,
+    "smoke": Config(G=3, O=3, W=0, T=12, task_set="tiny", width=32, layers=2, heads=2, hidden=64, lam=0.01, layer=1, rank=4, meta_rank=4,
                     base_steps=150, base_batch=32, base_lr=3e-3, control_steps=40, control_batch=32, control_lr=1e-2,
                     meta_steps=60, meta_batch=32, meta_lr=3e-3, alpha_ramp=40, n_h=16, n_s=8, encoder_hidden=16, decoder_hidden=16,
                     policy_width=32, rl_updates=10, rl_batch=64, rl_lr=1e-3, raw_lr=1e-3, eval_episodes=200, evaluations=3, save_seconds=1.),
     # A laptop. The world and every value that differs from the paper are discussed in the README.
-    "grid-small": Config(G=4, O=4, W=0, T=40, task_set="singles", width=128, layers=4, heads=4, hidden=256, underfoot=True, lam=0., layer=2,
-                         warmup=100, decay=.5, base_steps=9000, base_batch=64, base_lr=3e-3,
-                         control_steps=1500, control_batch=128, control_lr=3e-3,
-                         meta_steps=2000, meta_batch=64, meta_lr=3e-3, alpha=.15, alpha_ramp=3000,
-                         rl_updates=200, rl_batch=512, rl_lr=1e-3, raw_lr=3e-4, rl_epochs=2, evaluations=10),
+    "grid-small": Config(G=4, O=4, W=0, T=40, task_set="singles", width=128, layers=4, heads=4, hidden=256, relative=True, lam=0.,
+                         layer=0, read=2, warmup=100, decay=.5, base_steps=5000, base_batch=64, base_lr=3e-3,
+                         control_steps=2000, control_batch=128, control_lr=3e-3,
+                         symmetric=True, meta_rank=6, decoder_hidden=64, meta_steps=2200, meta_batch=128, meta_lr=1.5e-3, alpha=.25, alpha_start=500, alpha_ramp=2000,
+                         rl_updates=400, rl_batch=512, rl_lr=1e-3, raw_lr=3e-4, rl_epochs=2, evaluations=10),
     # The paper's gridworld, sizes and rates: A.1, Tables A4, A7, A9, A13, A16. What remains different is marked NOT in paper.
     "grid-paper": Config(),
 }
 
 STAGES = ("pretrain", "control", "discover", "rl", "eval")
-RIVALS = ("none", "raw", "forced")
+RIVALS = ("none", "raw", "forced", "cotrain")
 # Which groups of fields a checkpoint depends on: with any other value of those it would be another checkpoint.
 DEPENDS = {"base": ("world", "base"), "control": ("world", "base", "split", "control"), "meta": ("world", "base", "split", "meta"),
            "policy": ("world", "base", "split", "meta", "rl", "policy"), "raw": ("world", "base", "rl", "raw")}
@@ -154,7 +160,7 @@ def check(cfg):
         generate(world_of(cfg), np.random.default_rng(0), 8, cfg.eps if cfg.eps < 1 else 0.)
     except ValueError as error:
         raise Refused(str(error)) from None
-    may_be_zero = ("W", "layer", "lam", "eps", "alpha", "alpha_ramp", "rank", "warmup", "decay", "min_std", "save_seconds", "seed", "threads",
+    may_be_zero = ("W", "layer", "lam", "eps", "alpha", "alpha_start", "alpha_ramp", "read", "rank", "meta_rank", "warmup", "decay", "min_std", "save_seconds", "seed", "threads",
                    "base_wd", "control_wd", "meta_wd")
     for name, value in dataclasses.asdict(cfg).items():
         if type(value) in (int, float) and not (value > 0 or value == 0 and name in may_be_zero):  # NaN fails both
@@ -165,6 +171,8 @@ def check(cfg):
         raise Refused(f"--buckets {cfg.buckets} must be between 2 and 128")
     if not 0 <= cfg.layer <= cfg.layers:
         raise Refused(f"--layer {cfg.layer} does not exist: the model has layers 0 to {cfg.layers}")
+    if cfg.read > cfg.layers:
+        raise Refused(f"--read {cfg.read} does not exist: the model has layers 0 to {cfg.layers}")
     if cfg.eps >= 1 or cfg.decay > 1:
         raise Refused(f"--eps {cfg.eps} must be below 1, and --decay {cfg.decay} at most 1")
     for name, choices in CHOICES.items():
@@ -378,6 +386,13 @@ def tensors(run, data):
             {"obs": data.obs(), "action": data.action, "subgoal": data.subgoal, "mask": data.mask(), "switches": data.switches()}.items()}
 
 
+def mirrored(G, batch):
+    """The episodes of a batch in a turned or reflected world, each by its own symmetry: obs (B, T+1, K) and action (B, T)."""
+    cells, actions = (torch.from_numpy(table).to(batch["obs"].device) for table in symmetries(G))
+    g = torch.randint(len(cells), (len(batch["obs"]),), device=cells.device)  # (B,)
+    return cells[g[:, None, None], batch["obs"]], actions[g[:, None], batch["action"]]
+
+
 def evaluation_data(run, eps, n=1024):
     """A fixed set of expert episodes as tensors, and its exact bounds in nats per step (see envs.exact_bounds)."""
     world = world_of(run.cfg)
@@ -395,7 +410,7 @@ def world_of(cfg):
 def new_base(run):
     cfg, world = run.cfg, world_of(run.cfg)
     model = SequenceModel(world.cells, world.things, cfg.width, cfg.layers, cfg.heads, cfg.hidden, cfg.buckets, cfg.layer, cfg.lam, cfg.mixer,
-                          underfoot=cfg.underfoot)
+                          relative=cfg.relative, read=max(cfg.layer, cfg.read))
     if run.compiler != "off":
         for block in model.blocks:
             block.compile(backend=run.compiler, dynamic=run.compiler == "inductor" or None)  # in place: names in checkpoints stay
@@ -404,7 +419,7 @@ def new_base(run):
 
 def new_metacontroller(run):
     cfg = run.cfg
-    return Metacontroller(cfg.width, cfg.n_z, cfg.n_h, cfg.n_s, cfg.rank, cfg.gate, cfg.encoder_hidden, cfg.decoder_hidden).to(run.device)
+    return Metacontroller(cfg.width, cfg.n_z, cfg.n_h, cfg.n_s, cfg.meta_rank, cfg.gate, cfg.encoder_hidden, cfg.decoder_hidden).to(run.device)
 
 
 def adamw(model, lr, wd):
@@ -478,7 +493,7 @@ def control(run):
     cfg, world = run.cfg, world_of(run.cfg)
     base = pretrain(run)
     seed_everything(cfg.seed, "init", 1)
-    decoder = Decoder(len(world.subgoals), cfg.width, cfg.rank, cfg.decoder_hidden).to(run.device)
+    decoder = Decoder(len(world.subgoals), cfg.width, cfg.rank).to(run.device)
     optimizer = adamw(decoder, cfg.control_lr, cfg.control_wd)
     first, seconds, done = resume(run, "control", decoder, optimizer, base)
     if not done:
@@ -507,36 +522,39 @@ def control(run):
 
 
 def suffix(run):
-    """The forced-switching rival keeps its own files beside the metacontroller's."""
-    return "-forced" if run.cfg.gate == "forced" else ""
+    """The rivals keep their own files beside the metacontroller's."""
+    return "-cotrain" if run.cfg.joint else "-forced" if run.cfg.gate == "forced" else ""
 
 
 def discover(run):
     """Stage 2 (C.4): the metacontroller on the frozen base, on clean demonstrations (C.4.4)."""
     cfg, world, name = run.cfg, world_of(run.cfg), "meta" + suffix(run)
-    base = pretrain(run)
+    parent = None if cfg.joint else pretrain(run)
     seed_everything(cfg.seed, "init", 2)
     meta = new_metacontroller(run)
-    optimizer = adamw(meta, cfg.meta_lr, cfg.meta_wd)
-    first, seconds, done = resume(run, name, meta, optimizer, base)
+    base = new_base(run) if cfg.joint else parent
+    learner = torch.nn.ModuleDict({"base": base, "meta": meta}) if cfg.joint else meta  # what stage 2 trains
+    optimizer = adamw(learner, cfg.meta_lr, cfg.meta_wd)
+    first, seconds, done = resume(run, name, learner, optimizer, parent)
     if not done:
         test, bayes, known = evaluation_data(run, 0.)
-        saver = Saver(run, name, meta, optimizer, seconds, base)
+        saver = Saver(run, name, learner, optimizer, seconds, parent)
         bar = tqdm(total=cfg.meta_steps, initial=first, desc="discover", unit="step", mininterval=1)
         for step, batch in batches(run, "meta", cfg.meta_batch, 0., first, cfg.meta_steps):
             # NOT in paper: alpha grows from 0. With alpha in full from the start the code is given up before it carries anything.
-            alpha = cfg.alpha * min(1., (step + 1) / max(cfg.alpha_ramp, 1))
+            alpha = cfg.alpha * min(1., max(0, step + 1 - cfg.alpha_start) / max(cfg.alpha_ramp, 1))
             noise = torch.randn(*batch["action"].shape, cfg.n_z, device=run.device)
+            image = mirrored(cfg.G, batch) if cfg.symmetric else None
             with autocast(run):
-                loss, _ = discovery_loss(base, meta.train(), batch["obs"][:, :-1], batch["action"], batch["mask"], noise, alpha)
-            optimise(run, name, step, loss, meta, optimizer, cfg.meta_lr * schedule(cfg, step, cfg.meta_steps))
+                loss, _ = discovery_loss(base, meta.train(), batch["obs"], batch["action"], batch["mask"], noise, alpha, image)
+            optimise(run, name, step, loss, learner, optimizer, cfg.meta_lr * schedule(cfg, step, cfg.meta_steps))
             bar.update()
             done = step + 1 == cfg.meta_steps
             if done or due(cfg, step, cfg.meta_steps):
                 rng = seed_everything(EVAL_SEED, "eval", 1)
                 noise = torch.randn(*test["action"].shape, cfg.n_z, device=run.device)
                 with torch.no_grad(), autocast(run):
-                    _, out = discovery_loss(base, meta.eval(), test["obs"][:, :-1], test["action"], test["mask"], noise, alpha)
+                    _, out = discovery_loss(base, meta.eval(), test["obs"], test["action"], test["mask"], noise, alpha)
                 scores = gate_scores(out["beta"], test["switches"], test["mask"])
                 identity, most = code_identity(base, meta.decoder, world, rng, n_z=cfg.n_z)
                 _, success, _ = internal_episodes(base, meta, world, rng, cfg.eval_episodes)
@@ -550,7 +568,8 @@ def discover(run):
                 bar.write("      gate    " + "".join("^" if b > .5 else "-" if b > .1 else "." for b in out["beta"][0, :T].tolist()))
             saver.step(step + 1, done)
         bar.close()
-    return base, meta.requires_grad_(False).eval()
+    learner.requires_grad_(False).eval()
+    return base, meta
 
 
 def reinforce(run, name, model, lr, update, trial, parent):
@@ -609,28 +628,28 @@ def raw(run):
 
 
 def evaluate(run):
-    """Success of everything that has been trained, on the same fresh episodes of the post-training task."""
-    world, n = world_of(run.cfg), run.cfg.eval_episodes
-    rows = []
-    base = pretrain(run)
+    """Success of everything that has been trained, on the same fresh episodes of the post-training task; written to eval.json."""
+    world, n, kind = world_of(run.cfg), run.cfg.eval_episodes, suffix(run)
+    rows = []  # (key, text, success)
     fresh_rng = lambda: seed_everything(EVAL_SEED, "eval", 3)
-    _, success, _ = play(base, world, [world.post_task] * n, fresh_rng())
-    rows.append(("blind sampling from the base model", success.mean()))
-    if finished(run, "control"):
-        rows.append(("true-subgoal controllers (C.3)", control_success(base, control(run), world, fresh_rng(), n)))
-    if finished(run, "meta" + suffix(run)):
+    rate = lambda success: float(np.mean(success))
+    if not kind:
+        base, rng = pretrain(run), fresh_rng()  # blind success is rare: 20 times as many episodes
+        rows.append(("blind_success", "blind sampling from the base model", rate([play(base, world, [world.post_task] * n, rng)[1] for _ in range(20)])))
+        if finished(run, "control"):
+            rows.append(("control_success", "true-subgoal controllers (C.3)", control_success(base, control(run), world, fresh_rng(), n)))
+    if finished(run, "meta" + kind):
         base, meta = discover(run)
-        rows.append(("codes from the prior, before RL", internal_episodes(base, meta, world, fresh_rng(), n)[1].mean()))
-    if finished(run, "policy" + suffix(run)):
+        rows.append(("code_success", "codes from the prior, before RL", rate(internal_episodes(base, meta, world, fresh_rng(), n)[1])))
+    if finished(run, "policy" + kind):
         base, meta, policy = rl(run)
-        rows.append(("internal RL" + (", forced switching" if suffix(run) else ""),
-                     internal_episodes(base, meta, world, fresh_rng(), n, policy)[1].mean()))
-    if finished(run, "raw"):
-        rows.append(("raw-action RL", play(raw(run), world, [world.post_task] * n, fresh_rng())[1].mean()))
-    print(f"\nsuccess on the post-training task {'-'.join(map(str, world.post_task))}, {n} episodes, sampled actions")
-    for text, success in rows:
+        rows.append(("rl_success", "internal RL" + kind.replace("-", ", "), rate(internal_episodes(base, meta, world, fresh_rng(), n, policy)[1])))
+    if not kind and finished(run, "raw"):
+        rows.append(("raw_success", "raw-action RL", rate(play(raw(run), world, [world.post_task] * n, fresh_rng())[1])))
+    print(f"\nsuccess on the post-training task {'-'.join(map(str, world.post_task))}, {n} episodes ({20 * n} blind), sampled actions")
+    for _, text, success in rows:
         print(f"  {text:40} {success:.4f}")
-    write_atomically(run.folder / f"eval{suffix(run)}.json", json.dumps({text: float(success) for text, success in rows}).encode())
+    write_atomically(run.folder / f"eval{kind}.json", json.dumps({key: success for key, _, success in rows}).encode())
 
 
 # ------------------------------------------------------------------------------------------------ 6. command line
@@ -651,7 +670,7 @@ def parse(argv):
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--stage", choices=STAGES, default="rl")
     parser.add_argument("--preset", choices=PRESETS, default="grid-small")
-    parser.add_argument("--rival", choices=RIVALS, default="none", help="raw: raw-action RL alone; forced: beta = 1 from stage 2 on")
+    parser.add_argument("--rival", choices=RIVALS, default="none", help="raw: raw-action RL alone; forced: beta = 1 from stage 2 on; cotrain: base and metacontroller trained together")
     parser.add_argument("--out", default="runs", help="folder for checkpoints and logs")
     parser.add_argument("--fresh", action="store_true", help="first delete the checkpoints of the stage and of its inputs")
     for field in dataclasses.fields(Config):
@@ -661,6 +680,7 @@ def parse(argv):
     cfg = dataclasses.replace(PRESETS[args["preset"]], **chosen)
     if args["rival"] == "forced":
         cfg.gate = "forced"
+    cfg.joint |= args["rival"] == "cotrain"
     check(cfg)
     if args["rival"] == "raw" and args["stage"] != "rl":
         raise Refused("--rival raw is a kind of RL: it goes with --stage rl")
@@ -683,7 +703,8 @@ def main(argv=None):
         if stage == "rl" and rival == "raw":
             raw(run)
         elif stage == "rl":
-            control(run)
+            if rival == "none":
+                control(run)
             rl(run)
             if rival == "none":
                 raw(run)

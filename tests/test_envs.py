@@ -6,7 +6,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from envs import (TASK_SETS, GridWorlds, World, contents_table, distances, exact_bounds, expert_probs, generate, one_hot, sample_layouts)
+from envs import (TASK_SETS, GridWorlds, World, contents_table, distances, exact_bounds, expert_probs, generate, neighbour_table,
+                  one_hot, sample_layouts, symmetries)
 
 PAPER = World()  # A.1
 ERRANDS = World(G=5, O=5, W=2, T=60, task_set="errands")
@@ -298,3 +299,13 @@ def test_errands_table_follows_its_rule():
     for task in TASK_SETS["errands"][1].split():
         a, h1, b, h2, c, h3 = (int(x) for x in task.split("-"))
         assert {h1, h2, h3} == {4} and (b - a) % 4 in (2, 3) and (c - b) % 4 in (2, 3)
+
+
+@pytest.mark.parametrize("G", [3, 4])
+def test_symmetries_are_the_eight_of_the_square_and_commute_with_moving(G):
+    cells, actions = symmetries(G)
+    move = neighbour_table(G)
+    assert len({tuple(table) for table in cells}) == 8 and (cells[0] == np.arange(G * G)).all() and (actions[0] == np.arange(4)).all()
+    for to, act in zip(cells, actions):
+        assert sorted(to) == list(range(G * G)) and sorted(act) == [0, 1, 2, 3]
+        assert (to[move] == move[to][:, act]).all()  # move, then turn the world = turn the world, then move as turned

@@ -18,7 +18,7 @@ WORLD = World(G=4, O=5, W=1, T=25, task_set="errands")
 def parts(mixer="attention", gate="soft", seed=0):
     """A base, a metacontroller with strong controllers and a restless gate, and a policy whose mean depends on its input."""
     torch.manual_seed(seed)
-    base = SequenceModel(WORLD.cells, WORLD.things, 32, 3, 4, 48, 8, 1, mixer=mixer).requires_grad_(False)
+    base = SequenceModel(WORLD.cells, WORLD.things, 32, 3, 4, 48, 8, 1, mixer=mixer, read=2).requires_grad_(False)  # read one layer above the written one
     meta = Metacontroller(32, n_z=3, n_h=8, n_s=8, rank=4, gate=gate, encoder_hidden=16, decoder_hidden=16).requires_grad_(False)
     for weight in (meta.decoder.net[0].weight, meta.decoder.net[2].weight, meta.switch_out.weight, meta.switch_z.weight):
         torch.nn.init.normal_(weight, std=.7)
@@ -58,7 +58,7 @@ def test_gate_when_acting_equals_the_gate_in_training():
     """Same prefix, same codes: the RL-time beta is the training-time beta (Eq. 16), from the first step to the last."""
     base, meta, policy = parts()
     data, _, env = episodes(base, meta, policy)
-    e = base.lower(torch.from_numpy(data.obs()[:, :-1]))
+    e = base.reading(base.lower(torch.from_numpy(data.obs()[:, :-1])))
     _, _, switch_input = meta.encode(e, torch.from_numpy(data.length))
     T = e.shape[1]
     beta = torch.stack([torch.ones(len(e))] + [torch.sigmoid(meta.gate_logit(switch_input[:, t], env.codes[:, t - 1])) for t in range(1, T)], 1)
@@ -81,8 +81,8 @@ def test_policy_is_asked_exactly_where_the_gate_opens_and_the_code_is_held_betwe
     n = int(env.count.argmax())
     opened = [t for t in range(int(data.length[n])) if t == 0 or env.gates[n, t] > .5]
     assert torch.equal(z[n, :len(opened)], env.codes[n, opened]) and mask[n].sum() == len(opened)
-    lower = base.lower(torch.from_numpy(data.obs()[n:n + 1, :-1]))[0]
-    assert torch.allclose(e[n, :len(opened)], lower[opened], atol=1e-4)
+    reading = base.reading(base.lower(torch.from_numpy(data.obs()[n:n + 1, :-1])))[0]
+    assert torch.allclose(e[n, :len(opened)], reading[opened], atol=1e-4)
 
 
 def test_forced_switching_asks_at_every_step():
@@ -196,7 +196,7 @@ def test_true_subgoal_controllers_are_switched_at_the_right_moments():
     from envs import simulate
     step = [0]
     def expert(worlds, alive):  # replay demonstrations, asking the rule as the player would
-        steer(torch.zeros(20, 32), {}, worlds, np.arange(20))
+        steer(torch.zeros(20, 32), None, {}, worlds, np.arange(20))
         step[0] += 1
         return data.action[alive, step[0] - 1]
     colours = lambda n: [(c) for a, b in zip(data.agent[n, :data.length[n]], data.agent[n, 1:data.length[n] + 1]) if a != b

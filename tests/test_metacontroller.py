@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from envs import World, generate
+from envs import World, generate, symmetries
 from metacontroller import Decoder, Metacontroller, control_loss, discovery_loss, gate_scores, kl_to_prior
 from model import SequenceModel, action_nll
 
@@ -23,7 +23,7 @@ def metacontroller(gate="soft", rank=4, seed=1):
 
 def batch(n=5, seed=0):
     data = generate(WORLD, np.random.default_rng(seed), n)
-    return {"obs": torch.from_numpy(data.obs()[:, :-1]), "action": torch.from_numpy(data.action), "mask": torch.from_numpy(data.mask()),
+    return {"obs": torch.from_numpy(data.obs()), "action": torch.from_numpy(data.action), "mask": torch.from_numpy(data.mask()),
             "subgoal": torch.from_numpy(data.subgoal)}
 
 
@@ -71,12 +71,12 @@ def test_control_loss_follows_the_label_and_its_gradient_reaches_the_decoder():
     base, data = frozen_base(), batch()
     torch.manual_seed(0)
     decoder = Decoder(4, 32, 4)
-    loss = control_loss(base, decoder, **data)
+    loss = control_loss(base, decoder, data["obs"][:, :-1], *(data[k] for k in ("action", "subgoal", "mask")))
     loss.backward()
     assert all(p.grad.abs().max() > 0 for p in decoder.parameters())
     # By hand: each step under the matrix of its own subgoal.
     U = decoder.matrix(torch.eye(4))[data["subgoal"]]  # (B, T, D, D)
-    e = base.lower(data["obs"])
+    e = base.lower(data["obs"][:, :-1])
     nll = action_nll(base.action_logits(e + (U @ e[..., None])[..., 0]), data["action"])
     assert torch.allclose(loss, nll[data["mask"]].mean(), atol=1e-5)
 
@@ -169,11 +169,42 @@ def test_kl_is_the_sum_over_dimensions_counted_once_and_without_padding():
     base, meta, data = frozen_base(), metacontroller(), batch()
     loss, out = loss_of(base, meta, data, alpha=.3)
     assert torch.allclose(loss, out["nll"] + .3 * out["kl"])
-    e = base.lower(data["obs"])
-    mu, logvar, _ = meta.encode(e, data["mask"].sum(1))
+    mu, logvar, _ = (x[:, :-1] for x in meta.encode(base.lower(data["obs"]), data["mask"].sum(1) + 1))
     assert torch.allclose(out["kl"], kl_to_prior(mu, logvar)[data["mask"]].mean())  # soft gate: every step, not weighted by beta
     longer = {k: torch.cat([v, torch.zeros_like(v[:, :4])], dim=1) for k, v in data.items()}
     assert torch.allclose(loss, loss_of(base, meta, longer, alpha=.3)[0], atol=1e-5)
+
+
+def test_codes_are_read_from_the_episode_and_steer_its_image():
+    base, meta, data = frozen_base(), metacontroller(), batch()
+    noise = torch.zeros(*data["action"].shape, 3)
+    cells, actions = (torch.from_numpy(table) for table in symmetries(WORLD.G))
+    image = cells[5][data["obs"]], actions[5][data["action"]]
+    plain, out = loss_of(base, meta, data, alpha=0.)
+    mirrored, out_mirrored = discovery_loss(base, meta, data["obs"], data["action"], data["mask"], noise, 0., image)
+    assert torch.equal(out["z"], out_mirrored["z"]) and torch.equal(out["beta"], out_mirrored["beta"])  # read: the episode itself
+    nll = action_nll(base.action_logits(meta.decoder(base.lower(image[0][:, :-1]), out["z"])), image[1])  # steered: its image
+    assert torch.allclose(mirrored, nll[data["mask"]].mean(), atol=1e-5) and (mirrored - plain).abs() > 1e-4
+
+
+def test_the_metacontroller_reads_the_uncontrolled_layer_read_and_writes_the_controlled_one():
+    torch.manual_seed(0)
+    base, meta, data = SequenceModel(WORLD.cells, WORLD.things, 32, 3, 4, 48, 8, 0, read=2).requires_grad_(False), metacontroller(), batch()
+    _, out = loss_of(base, meta, data)
+    e = base.embed(data["obs"])
+    two_blocks = base._run(base.blocks[:2], e, None, None)
+    z, _, _, _ = meta(two_blocks, data["mask"].sum(1) + 1, torch.zeros(*data["action"].shape, 3))
+    assert torch.equal(z, out["z"])
+    nll = action_nll(base.action_head(base.norm(base._run(base.blocks, meta.decoder(e[:, :-1], z), None, None))), data["action"])
+    assert torch.allclose(out["nll"], nll[data["mask"]].mean())
+
+
+def test_the_sequence_embedding_sees_where_the_last_action_led():
+    base, meta, data = frozen_base(), metacontroller(), batch()
+    n = torch.arange(5)
+    other = data["obs"].clone()
+    other[n, data["mask"].sum(1), -1] = 0  # the agent ends in another cell
+    assert (loss_of(base, meta, data)[1]["z"] - loss_of(base, meta, {**data, "obs": other})[1]["z"]).abs().max() > 1e-4
 
 
 def test_gumbel_gate_is_binary_and_pays_only_where_it_opens():
@@ -182,7 +213,7 @@ def test_gumbel_gate_is_binary_and_pays_only_where_it_opens():
     torch.nn.init.normal_(meta.switch_out.weight, std=3.)
     _, out = loss_of(base, meta, data)
     assert set(out["beta"].detach().unique().tolist()) == {0., 1.}
-    mu, logvar, _ = meta.encode(base.lower(data["obs"]), data["mask"].sum(1))
+    mu, logvar, _ = (x[:, :-1] for x in meta.encode(base.lower(data["obs"]), data["mask"].sum(1) + 1))
     assert torch.allclose(out["kl"], (kl_to_prior(mu, logvar) * out["beta"])[data["mask"]].sum() / data["mask"].sum())
     meta.eval()  # no noise: the same gates twice
     assert torch.equal(loss_of(base, meta, data)[1]["beta"], loss_of(base, meta, data)[1]["beta"])

@@ -12,9 +12,9 @@ from model import (RGLRU, BoundedSqrt, SequenceModel, action_nll, obs_nll, pretr
 WORLD = World(G=4, O=5, W=1, T=30, task_set="errands")
 
 
-def new_model(mixer="attention", layer=1, lam=.1, underfoot=False):
+def new_model(mixer="attention", layer=1, lam=.1, relative=False):
     torch.manual_seed(0)
-    model = SequenceModel(WORLD.cells, WORLD.things, 32, 3, 4, 48, 8, layer, lam, mixer, underfoot=underfoot)
+    model = SequenceModel(WORLD.cells, WORLD.things, 32, 3, 4, 48, 8, layer, lam, mixer, relative=relative)
     if model.bias is not None:  # away from its zero start, so that a forgotten or misplaced bias shows
         torch.nn.init.normal_(model.bias.table)
     for name, parameter in model.named_parameters():
@@ -43,19 +43,16 @@ def test_embedding_by_look_up_equals_the_one_hot_product():
     assert torch.allclose(*grads, atol=1e-4)
 
 
-def test_underfoot_adds_the_vector_of_the_colour_that_the_agent_stands_on():
-    model, (obs, _, _) = new_model(underfoot=True), batch()
-    with_it = model.embed(obs)
-    extra, model.embed.underfoot = model.embed.underfoot, None
-    difference = with_it - model.embed(obs)
-    stood_on = 0
-    for b in range(len(obs)):
-        for t in range(obs.shape[1]):
-            here = [k for k in range(WORLD.things - 1) if obs[b, t, k] == obs[b, t, -1]]
-            stood_on += len(here)
-            expected = extra[here[0]] if here else torch.zeros(32)
-            assert torch.allclose(difference[b, t], expected, atol=1e-5)
-    assert stood_on > 6
+def test_relative_embedding_by_hand_and_blind_to_where_the_grid_ends():
+    model, (obs, _, _) = new_model(relative=True), batch()
+    table = model.embed.bag.weight.view(WORLD.things - 1, 7, 7, 32)  # thing, row and column of its displacement, -3 .. 3 each
+    for b, t in ((0, 0), (3, 4), (5, 2)):
+        here = divmod(int(obs[b, t, -1]), 4)
+        there = [divmod(int(cell), 4) for cell in obs[b, t, :-1]]
+        expected = sum(table[k, y - here[0] + 3, x - here[1] + 3] for k, (y, x) in enumerate(there)) + model.embed.bias
+        assert torch.allclose(model.embed(obs)[b, t], expected, atol=1e-5)
+    left = torch.arange(WORLD.things)[None, None] % 3 + 4 * (torch.arange(WORLD.things) // 3)[None, None]  # columns 0 to 2 only
+    assert torch.allclose(model.embed(left), model.embed(left + 1), atol=1e-5)  # all of it one cell to the right
 
 
 @MIXERS
@@ -193,7 +190,7 @@ def test_grid_paper_has_exactly_the_papers_sizes_and_takes_a_step():
     assert (cfg.n_z, cfg.n_h, cfg.n_s, cfg.encoder_hidden, cfg.decoder_hidden) == (8, 32, 32, 64, 32)  # A9
     assert (cfg.meta_steps, cfg.meta_batch, cfg.meta_lr, cfg.meta_wd) == (64_000, 512, 1e-3, .03) and cfg.alpha in (0, .05, .1, .17, .3, .5, 1)
     assert (cfg.policy_width, cfg.rl_updates, cfg.rl_batch, cfg.rl_lr) == (256, 100_000, 1024, 3e-5)  # A13
-    assert not cfg.underfoot and cfg.mixer == "attention"
+    assert not cfg.relative and cfg.read == 0 and not cfg.symmetric and not cfg.joint and cfg.mixer == "attention"
     run = train.Run(cfg, "grid-paper", Path("unused"))
     base, meta = train.new_base(run), train.new_metacontroller(run)
     attention, mlp_, norms = 4 * 256 ** 2 + 4 * 256, 2 * 256 * 512 + 512 + 256, 4 * 256

@@ -132,7 +132,7 @@ WRONG = {
     "one bucket": (["--buckets", "1"], "buckets"),
     "not a number": (["--base_lr", "nan"], "base_lr"),
     "rival of another stage": (["--rival", "raw", "--stage", "discover"], "rival"),
-    "neither true nor false": (["--underfoot", "maybe"], "maybe"),
+    "neither true nor false": (["--relative", "maybe"], "maybe"),
     "eps of one": (["--eps", "1.0"], "eps"),
     "no such device": (["--device", "tpu"], "device"),
 }
