@@ -171,14 +171,15 @@ def kl_to_prior(mu, logvar):
 def discovery_loss(base, meta, obs, action, mask, noise, alpha, image=None):
     """Eq. 9 with lambda = 0 (Table A9), averaged over the steps that exist.
 
-    obs (B, T+1, K), action, mask (B, T), noise (B, T, n_z), alpha >= 0. s also sees the last observation, after the last action (NOT
-    in paper, which is silent): without it the last subgoal is the one whose colour is never seen to be reached.
-    image: None, or (obs, action) of the same episodes turned or reflected
-    (envs.symmetries): the codes are read from the episode and have to steer its image. NOT in paper. A code that says "up" or "to the
-    corner" is then worthless, one that says "to colour 2" is as good as before; without it the codes name directions (README). Soft gate: the KL counts at every step, not weighted by
+    obs (B, T+1, K), action, mask (B, T), noise (B, T, n_z), alpha >= 0. Soft gate: the KL counts at every step, not weighted by
     beta (E.1, continuous relaxation). Gumbel gate: it counts where the gate is open. Nothing penalises switching itself.
+    image: None, or (obs, action) of the same episodes turned or reflected, each its own way (envs.symmetries). The codes are then read
+    from the episode and have to steer its image. NOT in paper: a code that says "up" or "into that corner" becomes worthless, one that says
+    "to colour 2" is as good as before. Without it the codes name directions: code identity stays at 0 (README).
     Returns loss and a dict: nll and kl (nats per step), z, beta.
     """
+    # s sees the last observation too, after the last action. NOT in paper, which is silent: without it the last subgoal is the
+    # one whose colour is never seen to be reached, and it stays without a code.
     e = base.lower(obs)  # (B, T+1, D); no gradient is recorded here, as the base is frozen (it is not in the co-training rival)
     z, beta, mu, logvar = meta(base.reading(e), mask.sum(1) + 1, noise)
     if image is not None:

@@ -102,6 +102,7 @@ class Config:
 
     # Stage 3: Table A13. The paper scans the learning rate over 3e-6 .. 3e-4 (C.5.5)
     policy_width: int = option(256, "policy", "width of the policy's Hawk layer")
+    init_std: float = option(1., "policy", "standard deviation that the policy starts with")
     min_std: float = option(0., "policy", "floor of the policy's standard deviation")
     rl_batch: int = option(1024, "rl", "episodes per update")
     rl_lr: float = option(3e-5, "policy", "learning rate of internal RL")
@@ -123,7 +124,8 @@ class Config:
 
 PRESETS = {
     # Seconds. Every stage runs; nothing is learned well. The tests use it.
-    "smoke": Config(G=3, O=3, W=0, T=12, task_set="tiny", width=32, layers=2, heads=2, hidden=64, lam=0.01, layer=1, rank=4, meta_rank=4,
+    "smoke": Config(G=3, O=3, W=0, T=12, task_set="tiny", width=32, layers=2, heads=2, hidden=64, relative=True, lam=0.01, layer=0, read=1,
+                    symmetric=True, rank=4, meta_rank=4,
                     base_steps=150, base_batch=32, base_lr=3e-3, control_steps=40, control_batch=32, control_lr=1e-2,
                     meta_steps=60, meta_batch=32, meta_lr=3e-3, alpha_ramp=40, n_h=16, n_s=8, encoder_hidden=16, decoder_hidden=16,
                     policy_width=32, rl_updates=10, rl_batch=64, rl_lr=1e-3, raw_lr=1e-3, eval_episodes=200, evaluations=3, save_seconds=1.),
@@ -131,8 +133,8 @@ PRESETS = {
     "grid-small": Config(G=4, O=4, W=0, T=40, task_set="singles", width=128, layers=4, heads=4, hidden=256, relative=True, lam=0.,
                          layer=0, read=2, warmup=100, decay=.5, base_steps=5000, base_batch=64, base_lr=3e-3,
                          control_steps=2000, control_batch=128, control_lr=3e-3,
-                         symmetric=True, meta_rank=6, decoder_hidden=64, meta_steps=2200, meta_batch=128, meta_lr=1.5e-3, alpha=.25, alpha_start=500, alpha_ramp=2000,
-                         rl_updates=400, rl_batch=512, rl_lr=1e-3, raw_lr=3e-4, rl_epochs=2, evaluations=10),
+                         symmetric=True, meta_rank=16, decoder_hidden=64, meta_steps=3000, meta_batch=128, meta_lr=1.5e-3, alpha=.15, alpha_start=900, alpha_ramp=1200,
+                         rl_updates=80, rl_batch=512, init_std=2., rl_lr=1e-3, raw_lr=3e-4, rl_epochs=2, evaluations=10),
     # The paper's gridworld, sizes and rates: A.1, Tables A4, A7, A9, A13, A16. What remains different is marked NOT in paper.
     "grid-paper": Config(),
 }
@@ -603,7 +605,7 @@ def rl(run):
     cfg, world = run.cfg, world_of(run.cfg)
     base, meta = discover(run)
     seed_everything(cfg.seed, "init", 3)
-    policy = Policy(cfg.width, cfg.n_z, cfg.policy_width, min_std=cfg.min_std).to(run.device)
+    policy = Policy(cfg.width, cfg.n_z, cfg.policy_width, min_std=cfg.min_std, init_std=cfg.init_std).to(run.device)
 
     def trial(rng):
         data, success, env = internal_episodes(base, meta, world, rng, cfg.eval_episodes, policy)
@@ -643,7 +645,7 @@ def evaluate(run):
         rows.append(("code_success", "codes from the prior, before RL", rate(internal_episodes(base, meta, world, fresh_rng(), n)[1])))
     if finished(run, "policy" + kind):
         base, meta, policy = rl(run)
-        rows.append(("rl_success", "internal RL" + kind.replace("-", ", "), rate(internal_episodes(base, meta, world, fresh_rng(), n, policy)[1])))
+        rows.append(("rl_success", "internal RL" + {"": "", "-forced": ", forced switching", "-cotrain": ", co-trained base"}[kind], rate(internal_episodes(base, meta, world, fresh_rng(), n, policy)[1])))
     if not kind and finished(run, "raw"):
         rows.append(("raw_success", "raw-action RL", rate(play(raw(run), world, [world.post_task] * n, fresh_rng())[1])))
     print(f"\nsuccess on the post-training task {'-'.join(map(str, world.post_task))}, {n} episodes ({20 * n} blind), sampled actions")

@@ -8,7 +8,7 @@ import torch
 import internal_rl
 from envs import World, generate
 from internal_rl import (InternalEnvironment, Policy, clipped_loss, code_identity, control_success, gaussian_logp, internal_episodes,
-                         internal_rl_step, play, raw_rl_step, relative_advantage, steer_by_subgoal)
+                         internal_rl_step, play, raw_rl_step, relative_advantage, sequence_logp, steer_by_subgoal)
 from metacontroller import Decoder, Metacontroller
 from model import SequenceModel
 
@@ -100,6 +100,17 @@ def test_first_ratio_is_one():
     assert env.count.max() > 3 and (ratio[mask] - 1).abs().max() < 1e-4
     forgetful = gaussian_logp(z, policy(e.flatten(0, 1)[:, None])[:, 0].view(*z.shape), policy.log_std)  # no memory: must differ
     assert ((forgetful - old_logp).exp()[mask] - 1).abs().max() > 1e-2
+
+
+def test_likelihood_in_portions_equals_the_whole_gradients_included():
+    base, meta, policy = parts()
+    _, _, env = episodes(base, meta, policy)
+    e, z, _, mask = env.sequences()
+    whole, portions = gaussian_logp(z, policy(e), policy.log_std), sequence_logp(policy, e, z, env.count, portions=3)
+    assert env.count.min() < env.count.max() / 2 and torch.allclose(whole[mask], portions[mask], atol=1e-4)
+    weight = torch.randn_like(whole) * mask
+    for mine, theirs in zip(*(torch.autograd.grad((x * weight).sum(), list(policy.parameters())) for x in (portions, whole))):
+        assert torch.allclose(mine, theirs, rtol=1e-3, atol=1e-3)
 
 
 def test_raw_first_ratio_is_one(monkeypatch):

@@ -226,16 +226,20 @@ def test_eval_and_figures_take_no_unfinished_checkpoint_for_a_result(finished, t
     assert "raw-action RL" in out and "internal RL" not in out
     assert figures.main(["--preset", "smoke", "--out", str(tmp_path / "runs"), "--to", str(tmp_path / "pictures")]) == 0
     assert "no finished policy.pt, skipped" in capsys.readouterr().out
-    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == ["curves.png", "gate.png"]
+    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == ["curves.png", "gate.png", "results.json"]
     assert (folder / "policy.pt").read_bytes() == before
 
 
 def test_figures_draws_all_that_the_runs_have(finished, tmp_path):
     import figures
     assert figures.main(["--preset", "smoke", "--out", str(finished[0]), "--to", str(tmp_path)]) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["agent.gif", "curves.png", "gate.png", "success.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["agent.gif", "curves.png", "gate.png", "results.json", "success.png"]
     assert all(path.stat().st_size > 2000 for path in tmp_path.iterdir())
     assert figures.main(["--preset", "grid-paper", "--out", str(finished[0])]) == 2
+    seed, = json.loads((tmp_path / "results.json").read_text())["smoke"]["seeds"]
+    evaluation = json.loads((finished[0] / "smoke" / "seed0" / "eval.json").read_text())
+    assert all(seed[key] == value for key, value in evaluation.items()) and len(evaluation) == 5
+    assert seed["rl_episodes"] == seed["raw_episodes"] == 12 * 64 and seed["forced_success"] is None and seed["minutes"] > 0
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path, capsys, monkeypatch):
@@ -260,6 +264,15 @@ def test_rivals_have_files_of_their_own(finished, tmp_path):
     line = train.read_log(train.Run(None, "smoke", folder), "policy-forced")[-1]
     assert line["abstract_actions"] > 1.5  # a code at every step
     assert same(weights(tmp_path / "runs", "meta"), weights(finished[0], "meta"))
+    done = subprocess.run(command(tmp_path / "runs", "--rival", "cotrain"), capture_output=True, text=True)
+    assert done.returncode == 0 and "co-trained base" in done.stdout, done.stderr
+    together, base = weights(tmp_path / "runs", "meta-cotrain"), weights(finished[0], "base")
+    assert all(not torch.equal(together[f"base.{name}"], value) for name, value in base.items())  # its own base, not the frozen one
+    run = train.parse([*TINY, "--rival", "cotrain", "--out", str(tmp_path / "runs")])[0]
+    train.seed_everything(0, "init", 2)
+    train.new_metacontroller(run)
+    start = train.new_base(run).state_dict()
+    assert all(not torch.equal(together[f"base.{name}"], value) for name, value in start.items() if "obs_head" not in name)  # every part learns
 
 
 def test_any_step_can_be_the_first(tmp_path):
