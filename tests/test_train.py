@@ -234,7 +234,7 @@ def test_figures_draws_all_that_the_runs_have(finished, tmp_path):
     import figures
     assert figures.main(["--preset", "smoke", "--out", str(finished[0]), "--to", str(tmp_path)]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["agent.gif", "curves.png", "gate.png", "results.json", "success.png"]
-    assert all(path.stat().st_size > 2000 for path in tmp_path.iterdir())
+    assert all(path.stat().st_size > 2000 for path in tmp_path.iterdir() if path.suffix != ".json")  # pictures
     assert figures.main(["--preset", "grid-paper", "--out", str(finished[0])]) == 2
     seed, = json.loads((tmp_path / "results.json").read_text())["smoke"]["seeds"]
     evaluation = json.loads((finished[0] / "smoke" / "seed0" / "eval.json").read_text())
