@@ -63,7 +63,7 @@ class Player:
         self.base, self.steer, self.state = base, steer, state or {}
         self.device = base.action_head.weight.device
         self.caches = base.init_cache(n, T, self.device)
-        self.reading_caches = base.init_cache(n, T, self.device) if steer is not None and base.read > base.layer else []
+        self.reading_caches = base.init_cache(n, T, self.device)[:base.read] if steer is not None and base.read > base.layer else []
         self.rows, self.t = np.arange(n), 0
         self.logp = torch.zeros(n, T, device=self.device)
 
@@ -265,7 +265,7 @@ def sequence_logp(policy, e, z, count, portions=8):
     """ln pi(z | e_1:t) of whole sequences: e (N, M, D), z (N, M, n_z), count (N,) actions that exist -> (N, M), 0 beyond count's portion.
 
     Equal to gaussian_logp(z, policy(e), policy.log_std) where actions exist. In portions of similar length, since one restless gate makes M
-    ten times the average: five times as fast.
+    ten times the average.
     """
     order = count.argsort(stable=True)
     logp = []

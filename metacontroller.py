@@ -3,7 +3,8 @@
 Bottom-up:
 
   1. Decoder           f_hyp: a code z becomes a linear controller U, applied as e + U e (Eq. 11, 18); U is never built
-  2. control loss      controllers driven by the true subgoal (C.3), the ceiling of everything after
+  2. image_of          what controllers are trained to steer: the episode, or another view of it
+     control loss      controllers driven by the true subgoal (C.3), the ceiling of everything after
   3. Metacontroller    D.2: history h, sequence embedding s, encoder, switch beta, temporal integration
   4. discovery loss    Eq. 9 (Eq. 3 of the main text), and what is measured about the gate
 
@@ -23,6 +24,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from envs import symmetries
 from model import Block, Hawk, action_nll, linear, mlp
 
 # ------------------------------------------------------------------------------------------------ 1. decoder (Eq. 11, 18)
@@ -55,7 +57,30 @@ class Decoder(nn.Module):
         return right if left is None else left @ right
 
 
-# ------------------------------------------------------------------------------------------------ 2. true subgoals (C.3)
+# ------------------------------------------------------------------------------------------------ 2. what is steered; true subgoals (C.3)
+
+def image_of(batch, G, symmetric, cut):
+    """Another view of a batch's episodes, for the controllers to steer; None if no such help is asked for. NOT in paper; two helps (README):
+
+    symmetric: each image is turned or reflected its own way. A code that says "up" or "into that corner" becomes worthless, one that
+        says "to colour 2" is as good as before. Without it the codes name directions: code identity stays at 0.
+    cut: the share of images that begin at a random step of the episode. What the base would have known from the past then has to come
+        from the code. Without it a code need only say which of the transitions shown in pretraining is meant, and seldom overrules
+        the base where RL needs a transition that was never shown.
+    batch: a dict of tensors obs (B, T+1, K), action and mask (B, T). Returns a dict of obs (B, T, K), action, mask, step (B, T): step t of
+    the image is step[t] of the episode.
+    """
+    if not (symmetric or cut):
+        return None
+    obs, action, length = batch["obs"], batch["action"], batch["mask"].sum(1)
+    (B, T), device = action.shape, obs.device
+    cells, actions = (torch.from_numpy(table).to(device) for table in symmetries(G))  # (8, C), (8, 4)
+    g = torch.randint(len(cells) if symmetric else 1, (B, 1), device=device)  # symmetry 0 is the identity
+    start = (torch.rand(B, device=device) * length).long() * (torch.rand(B, device=device) < cut)  # (B,)
+    step = start[:, None] + torch.arange(T, device=device)  # (B, T)
+    mask, step, rows = step < length[:, None], step.clamp(max=T - 1), torch.arange(B, device=device)[:, None]
+    return {"obs": cells[g[..., None], obs[rows, step]], "action": actions[g, action[rows, step]], "mask": mask, "step": step}
+
 
 def control_loss(base, decoder, obs, action, subgoal, mask):
     """C.3: action NLL (nats per step) when z_t is the one-hot of the true subgoal and the gate is always open.
@@ -173,20 +198,19 @@ def discovery_loss(base, meta, obs, action, mask, noise, alpha, image=None):
 
     obs (B, T+1, K), action, mask (B, T), noise (B, T, n_z), alpha >= 0. Soft gate: the KL counts at every step, not weighted by
     beta (E.1, continuous relaxation). Gumbel gate: it counts where the gate is open. Nothing penalises switching itself.
-    image: None, or (obs, action) of the same episodes turned or reflected, each its own way (envs.symmetries). The codes are then read
-    from the episode and have to steer its image. NOT in paper: a code that says "up" or "into that corner" becomes worthless, one that says
-    "to colour 2" is as good as before. Without it the codes name directions: code identity stays at 0 (README).
+    image: None, or another view of the same episodes from `image_of`: the codes are read from the episode and have to steer its image.
     Returns loss and a dict: nll and kl (nats per step), z, beta.
     """
     # s sees the last observation too, after the last action. NOT in paper, which is silent: without it the last subgoal is the
     # one whose colour is never seen to be reached, and it stays without a code.
     e = base.lower(obs)  # (B, T+1, D); no gradient is recorded here, as the base is frozen (it is not in the co-training rival)
     z, beta, mu, logvar = meta(base.reading(e), mask.sum(1) + 1, noise)
-    if image is not None:
-        obs, action = image
-        e = base.lower(obs)
-    e = e[:, :-1]  # (B, T, D): nothing is decided at the last observation
-    nll = (action_nll(base.action_logits(meta.decoder(e, z)), action) * mask).sum() / mask.sum()
+    if image is None:
+        e, steering, steered = e[:, :-1], z, mask  # nothing is decided at the last observation: (B, T, D)
+    else:
+        e, action, steered = base.lower(image["obs"]), image["action"], image["mask"]
+        steering = z.gather(1, image["step"][..., None].expand_as(z))  # (B, T, n_z)
+    nll = (action_nll(base.action_logits(meta.decoder(e, steering)), action) * steered).sum() / steered.sum()
     kl = kl_to_prior(mu, logvar)  # (B, T)
     if meta.gate == "gumbel":
         kl = kl * beta

@@ -32,9 +32,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from envs import World, exact_bounds, generate, symmetries
+from envs import World, exact_bounds, generate
 from internal_rl import (Policy, code_identity, control_success, internal_episodes, internal_rl_step, play, raw_rl_step)
-from metacontroller import Decoder, Metacontroller, control_loss, discovery_loss, gate_scores
+from metacontroller import Decoder, Metacontroller, control_loss, discovery_loss, gate_scores, image_of
 from model import SequenceModel, pretraining_loss
 
 # ------------------------------------------------------------------------------------------------ 1. configuration
@@ -71,8 +71,10 @@ class Config:
     warmup: int = option(0, "base", "steps of linear warm-up of the learning rate, in every supervised stage")
     decay: float = option(0., "base", "share of a supervised stage, at its end, over which the learning rate falls to 0")
 
-    # Where the stream may be steered: Tables A7 and A9
+    # Where and on what the stream is steered: Tables A7 and A9
     layer: int = option(3, "split", "l, the controlled layer: 0 (embedding) to L")
+    symmetric: bool = option(False, "split", "controllers steer a turned or reflected image of the episode (see metacontroller.image_of)")
+    cut: float = option(0., "split", "share of these images that begin at a random step of the episode")
     rank: int = option(16, "control", "rank of the controllers of true subgoals; 0 = full matrix")
 
     # Controllers of true subgoals: Table A7
@@ -89,7 +91,6 @@ class Config:
     meta_rank: int = option(16, "meta", "rank of the metacontroller's controllers; 0 = full matrix")
     decoder_hidden: int = option(32, "meta", "hidden units of the decoder")
     read: int = option(0, "meta", "layer that metacontroller and policy read, if above the controlled one")
-    symmetric: bool = option(False, "meta", "steer a turned or reflected image of the episode (see metacontroller.discovery_loss)")
     gate: str = option("soft", "meta", "gate: soft, gumbel (E.1) or forced (C.4.1)")
     joint: bool = option(False, "meta", "train the base from scratch on the loss of stage 2, together with the metacontroller (co-training)")
     alpha: float = option(0.17, "meta", "weight of the KL")
@@ -126,15 +127,15 @@ class Config:
 PRESETS = {
     # Seconds. Every stage runs; nothing is learned well. The tests use it.
     "smoke": Config(G=3, O=3, W=0, T=12, task_set="tiny", width=32, layers=2, heads=2, hidden=64, relative=True, lam=0.01, layer=0, read=1,
-                    symmetric=True, rank=4, meta_rank=4,
+                    symmetric=True, cut=.5, rank=4, meta_rank=4,
                     base_steps=150, base_batch=32, base_lr=3e-3, control_steps=40, control_batch=32, control_lr=1e-2,
                     meta_steps=60, meta_batch=32, meta_lr=3e-3, alpha_ramp=40, n_h=16, n_s=8, encoder_hidden=16, decoder_hidden=16,
                     policy_width=32, rl_updates=10, rl_batch=64, rl_lr=1e-3, std_lr=1e-3, raw_lr=1e-3, eval_episodes=200, evaluations=3, save_seconds=1.),
     # A laptop. The world and every value that differs from the paper are discussed in the README.
-    "grid-small": Config(G=4, O=4, W=0, T=40, task_set="singles", width=128, layers=4, heads=4, hidden=256, relative=True, lam=0.,
+    "grid-small": Config(G=5, O=4, W=0, T=50, task_set="singles", width=128, layers=4, heads=4, hidden=256, relative=True, lam=0.,
                          layer=0, read=2, warmup=100, decay=.5, base_steps=5000, base_batch=64, base_lr=3e-3,
                          control_steps=2000, control_batch=128, control_lr=3e-3,
-                         symmetric=True, meta_rank=16, decoder_hidden=64, meta_steps=3000, meta_batch=128, meta_lr=1.5e-3, alpha=.15, alpha_start=900, alpha_ramp=1200,
+                         symmetric=True, cut=1., meta_rank=16, decoder_hidden=64, meta_steps=3000, meta_batch=128, meta_lr=1.5e-3, alpha=.15, alpha_start=900, alpha_ramp=1200,
                          rl_updates=150, rl_batch=512, init_std=2., rl_lr=1e-3, std_lr=1e-2, raw_lr=3e-4, rl_epochs=2, evaluations=10),
     # The paper's gridworld, sizes and rates: A.1, Tables A4, A7, A9, A13, A16. What remains different is marked NOT in paper.
     "grid-paper": Config(),
@@ -163,7 +164,7 @@ def check(cfg):
         generate(world_of(cfg), np.random.default_rng(0), 8, cfg.eps if cfg.eps < 1 else 0.)
     except ValueError as error:
         raise Refused(str(error)) from None
-    may_be_zero = ("W", "layer", "lam", "eps", "alpha", "alpha_start", "alpha_ramp", "read", "rank", "meta_rank", "warmup", "decay", "min_std", "save_seconds", "seed", "threads",
+    may_be_zero = ("W", "layer", "cut", "lam", "eps", "alpha", "alpha_start", "alpha_ramp", "read", "rank", "meta_rank", "warmup", "decay", "min_std", "save_seconds", "seed", "threads",
                    "base_wd", "control_wd", "meta_wd")
     for name, value in dataclasses.asdict(cfg).items():
         if type(value) in (int, float) and not (value > 0 or value == 0 and name in may_be_zero):  # NaN fails both
@@ -176,8 +177,8 @@ def check(cfg):
         raise Refused(f"--layer {cfg.layer} does not exist: the model has layers 0 to {cfg.layers}")
     if cfg.read > cfg.layers:
         raise Refused(f"--read {cfg.read} does not exist: the model has layers 0 to {cfg.layers}")
-    if cfg.eps >= 1 or cfg.decay > 1:
-        raise Refused(f"--eps {cfg.eps} must be below 1, and --decay {cfg.decay} at most 1")
+    if cfg.eps >= 1 or max(cfg.decay, cfg.cut) > 1:
+        raise Refused(f"--eps {cfg.eps} must be below 1, and --decay {cfg.decay} and --cut {cfg.cut} at most 1")
     for name, choices in CHOICES.items():
         if getattr(cfg, name) not in choices:
             raise Refused(f"--{name} must be one of {', '.join(choices)}, not '{getattr(cfg, name)}'")
@@ -389,13 +390,6 @@ def tensors(run, data):
             {"obs": data.obs(), "action": data.action, "subgoal": data.subgoal, "mask": data.mask(), "switches": data.switches()}.items()}
 
 
-def mirrored(G, batch):
-    """The episodes of a batch in a turned or reflected world, each by its own symmetry: obs (B, T+1, K) and action (B, T)."""
-    cells, actions = (torch.from_numpy(table).to(batch["obs"].device) for table in symmetries(G))
-    g = torch.randint(len(cells), (len(batch["obs"]),), device=cells.device)  # (B,)
-    return cells[g[:, None, None], batch["obs"]], actions[g[:, None], batch["action"]]
-
-
 def evaluation_data(run, eps, n=1024):
     """A fixed set of expert episodes as tensors, and its exact bounds in nats per step (see envs.exact_bounds)."""
     world = world_of(run.cfg)
@@ -425,8 +419,9 @@ def new_metacontroller(run):
     return Metacontroller(cfg.width, cfg.n_z, cfg.n_h, cfg.n_s, cfg.meta_rank, cfg.gate, cfg.encoder_hidden, cfg.decoder_hidden).to(run.device)
 
 
-def adamw(model, lr, wd):
-    return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=wd, betas=(.9, .999), fused=True)
+def adamw(parameters, lr, wd):
+    """parameters: an iterable of tensors, or a list of groups with learning rates of their own."""
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=wd, betas=(.9, .999), fused=True)
 
 
 def show_actions(bar, test, logits):
@@ -448,7 +443,7 @@ def schedule(cfg, step, steps):
     return min(1., (step + 1) / max(cfg.warmup, 1), left)
 
 
-def optimise(run, name, step, loss, model, optimizer, lr):
+def optimise(name, step, loss, model, optimizer, lr):
     """One step of stage `name`. NOT in paper: the gradient's norm is cut at 1, which keeps rare batches from undoing many good ones."""
     if not torch.isfinite(loss):
         raise FloatingPointError(f"the loss of {name} is not finite at step {step}; the last checkpoint keeps the last good state")
@@ -465,7 +460,7 @@ def pretrain(run):
     cfg = run.cfg
     seed_everything(cfg.seed, "init", 0)
     base = new_base(run)
-    optimizer = adamw(base, cfg.base_lr, cfg.base_wd)
+    optimizer = adamw(base.parameters(), cfg.base_lr, cfg.base_wd)
     first, seconds, done = resume(run, "base", base, optimizer)
     if not done:
         test, bayes, known = evaluation_data(run, cfg.eps)
@@ -475,7 +470,7 @@ def pretrain(run):
         for step, batch in batches(run, "base", cfg.base_batch, cfg.eps, first, cfg.base_steps):
             with autocast(run):
                 loss, _ = pretraining_loss(base, batch["obs"], batch["action"], batch["mask"])
-            optimise(run, "base", step, loss, base, optimizer, cfg.base_lr * schedule(cfg, step, cfg.base_steps))
+            optimise("base", step, loss, base, optimizer, cfg.base_lr * schedule(cfg, step, cfg.base_steps))
             bar.update()
             done = step + 1 == cfg.base_steps
             if done or due(cfg, step, cfg.base_steps):
@@ -497,16 +492,19 @@ def control(run):
     base = pretrain(run)
     seed_everything(cfg.seed, "init", 1)
     decoder = Decoder(len(world.subgoals), cfg.width, cfg.rank).to(run.device)
-    optimizer = adamw(decoder, cfg.control_lr, cfg.control_wd)
+    optimizer = adamw(decoder.parameters(), cfg.control_lr, cfg.control_wd)
     first, seconds, done = resume(run, "control", decoder, optimizer, base)
     if not done:
         test, bayes, known = evaluation_data(run, 0.)
         saver = Saver(run, "control", decoder, optimizer, seconds, base)
         bar = tqdm(total=cfg.control_steps, initial=first, desc="control", unit="step", mininterval=1)
         for step, batch in batches(run, "control", cfg.control_batch, 0., first, cfg.control_steps):
+            obs, action, subgoal, mask = batch["obs"][:, :-1], batch["action"], batch["subgoal"], batch["mask"]
+            if (image := image_of(batch, cfg.G, cfg.symmetric, cfg.cut)) is not None:
+                obs, action, subgoal, mask = image["obs"], image["action"], subgoal.gather(1, image["step"]), image["mask"]
             with autocast(run):
-                loss = control_loss(base, decoder, batch["obs"][:, :-1], batch["action"], batch["subgoal"], batch["mask"])
-            optimise(run, "control", step, loss, decoder, optimizer, cfg.control_lr * schedule(cfg, step, cfg.control_steps))
+                loss = control_loss(base, decoder, obs, action, subgoal, mask)
+            optimise("control", step, loss, decoder, optimizer, cfg.control_lr * schedule(cfg, step, cfg.control_steps))
             bar.update()
             done = step + 1 == cfg.control_steps
             if done or due(cfg, step, cfg.control_steps):
@@ -537,7 +535,7 @@ def discover(run):
     meta = new_metacontroller(run)
     base = new_base(run) if cfg.joint else parent
     learner = torch.nn.ModuleDict({"base": base, "meta": meta}) if cfg.joint else meta  # what stage 2 trains
-    optimizer = adamw(learner, cfg.meta_lr, cfg.meta_wd)
+    optimizer = adamw(learner.parameters(), cfg.meta_lr, cfg.meta_wd)
     first, seconds, done = resume(run, name, learner, optimizer, parent)
     if not done:
         test, bayes, known = evaluation_data(run, 0.)
@@ -547,10 +545,10 @@ def discover(run):
             # NOT in paper: alpha grows from 0. With alpha in full from the start the code is given up before it carries anything.
             alpha = cfg.alpha * min(1., max(0, step + 1 - cfg.alpha_start) / max(cfg.alpha_ramp, 1))
             noise = torch.randn(*batch["action"].shape, cfg.n_z, device=run.device)
-            image = mirrored(cfg.G, batch) if cfg.symmetric else None
+            image = image_of(batch, cfg.G, cfg.symmetric, cfg.cut)
             with autocast(run):
                 loss, _ = discovery_loss(base, meta.train(), batch["obs"], batch["action"], batch["mask"], noise, alpha, image)
-            optimise(run, name, step, loss, learner, optimizer, cfg.meta_lr * schedule(cfg, step, cfg.meta_steps))
+            optimise(name, step, loss, learner, optimizer, cfg.meta_lr * schedule(cfg, step, cfg.meta_steps))
             bar.update()
             done = step + 1 == cfg.meta_steps
             if done or due(cfg, step, cfg.meta_steps):
@@ -575,22 +573,18 @@ def discover(run):
     return base, meta
 
 
-def reinforce(run, name, model, lr, update, trial, parent):
-    """The loop of both kinds of RL. `update(optimizer, rng)` plays a batch and learns from it; `trial(rng)` plays without learning.
+def reinforce(run, name, model, optimizer, update, trial, parent):
+    """The loop of both kinds of RL. `update(rng)` plays a batch and learns from it; `trial(rng)` plays without learning.
 
     Both kinds see the same number of episodes; the layouts of their evaluations are the same.
     """
     cfg, world = run.cfg, world_of(run.cfg)
-    optimizer = adamw(model, lr, 0.)  # Table A13: weight decay 0
-    if isinstance(model, Policy):  # NOT in paper: a rate of its own, so that a wide first policy narrows once it has found the way
-        optimizer.param_groups[0]["params"] = [p for p in model.parameters() if p is not model.free_log_std]
-        optimizer.add_param_group({"params": [model.free_log_std], "lr": cfg.std_lr})
     first, seconds, done = resume(run, name, model, optimizer, parent)
     if not done:
         saver = Saver(run, name, model, optimizer, seconds, parent)
         bar = tqdm(total=cfg.rl_updates, initial=first, desc=name, unit="update", mininterval=1)
         for step in range(first, cfg.rl_updates):
-            report = update(optimizer, seed_everything(cfg.seed, name.split("-")[0], step))
+            report = update(seed_everything(cfg.seed, name.split("-")[0], step))
             bar.update()
             done = step + 1 == cfg.rl_updates
             if done or due(cfg, step, cfg.rl_updates):
@@ -615,8 +609,12 @@ def rl(run):
         data, success, env = internal_episodes(base, meta, world, rng, cfg.eval_episodes, policy)
         return data, success, env.gates
 
-    update = lambda optimizer, rng: internal_rl_step(base, meta, policy, optimizer, world, rng, cfg.rl_batch, cfg.rl_epochs, cfg.rl_clip)
-    return base, meta, reinforce(run, "policy" + suffix(run), policy, cfg.rl_lr, update, trial, meta)
+    # Table A13: weight decay 0. NOT in paper: a rate of its own for the standard deviation, so that a wide first policy narrows once it
+    # has found the way.
+    rest = [p for p in policy.parameters() if p is not policy.free_log_std]
+    optimizer = adamw([{"params": rest}, {"params": [policy.free_log_std], "lr": cfg.std_lr}], cfg.rl_lr, 0.)
+    update = lambda rng: internal_rl_step(base, meta, policy, optimizer, world, rng, cfg.rl_batch, cfg.rl_epochs, cfg.rl_clip)
+    return base, meta, reinforce(run, "policy" + suffix(run), policy, optimizer, update, trial, meta)
 
 
 def raw(run):
@@ -629,8 +627,9 @@ def raw(run):
         data, success, _ = play(base, world, [world.post_task] * cfg.eval_episodes, rng)
         return data, success, np.ones(data.action.shape)  # every step is a decision
 
-    update = lambda optimizer, rng: raw_rl_step(base, optimizer, world, rng, cfg.rl_batch, cfg.rl_epochs, cfg.rl_clip)
-    return reinforce(run, "raw", base, cfg.raw_lr, update, trial, parent)
+    optimizer = adamw(base.parameters(), cfg.raw_lr, 0.)
+    update = lambda rng: raw_rl_step(base, optimizer, world, rng, cfg.rl_batch, cfg.rl_epochs, cfg.rl_clip)
+    return reinforce(run, "raw", base, optimizer, update, trial, parent)
 
 
 def evaluate(run):
@@ -691,8 +690,11 @@ def parse(argv):
     if args["rival"] == "raw" and args["stage"] != "rl":
         raise Refused("--rival raw is a kind of RL: it goes with --stage rl")
     run = Run(cfg, args["preset"], Path(args["out"]) / args["preset"] / f"seed{cfg.seed}")
-    names = ("base", "raw") if args["rival"] == "raw" else NEEDS[args["stage"]]
-    run.names = tuple(name + (suffix(run) if name in ("meta", "policy") else "") for name in names)
+    if args["fresh"] and args["stage"] == "eval":
+        raise Refused("--fresh does not go with --stage eval, which trains nothing")
+    of_rival = {"raw": ("base", "raw"), "forced": ("base", "meta", "policy"), "cotrain": ("meta", "policy")}
+    run.names = tuple(name + (suffix(run) if name in ("meta", "policy") else "") for name in NEEDS[args["stage"]]
+                      if name in of_rival.get(args["rival"], NEEDS["rl"]))
     return run, args["stage"], args["rival"], args["fresh"]
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from envs import World, generate, symmetries
-from metacontroller import Decoder, Metacontroller, control_loss, discovery_loss, gate_scores, kl_to_prior
+from envs import World, generate, neighbour_table, symmetries
+from metacontroller import Decoder, Metacontroller, control_loss, discovery_loss, gate_scores, image_of, kl_to_prior
 from model import SequenceModel, action_nll
 
 WORLD = World(G=4, O=5, W=1, T=30, task_set="errands")
@@ -61,8 +61,8 @@ def test_one_optimiser_step_moves_every_parameter_and_not_the_base():
     import train
     base, meta = frozen_base(), metacontroller()
     before, base_before = ({k: v.clone() for k, v in m.state_dict().items()} for m in (meta, base))
-    optimizer = train.adamw(meta, 1e-3, 0.)
-    train.optimise(None, "meta", 0, loss_of(base, meta, batch())[0], meta, optimizer, 1e-3)
+    optimizer = train.adamw(meta.parameters(), 1e-3, 0.)
+    train.optimise("meta", 0, loss_of(base, meta, batch())[0], meta, optimizer, 1e-3)
     assert all(not torch.equal(before[k], v) for k, v in meta.state_dict().items())
     assert all(torch.equal(base_before[k], v) for k, v in base.state_dict().items())
 
@@ -177,14 +177,41 @@ def test_kl_is_the_sum_over_dimensions_counted_once_and_without_padding():
 
 def test_codes_are_read_from_the_episode_and_steer_its_image():
     base, meta, data = frozen_base(), metacontroller(), batch()
-    noise = torch.zeros(*data["action"].shape, 3)
-    cells, actions = (torch.from_numpy(table) for table in symmetries(WORLD.G))
-    image = cells[5][data["obs"]], actions[5][data["action"]]
-    plain, out = loss_of(base, meta, data, alpha=0.)
-    mirrored, out_mirrored = discovery_loss(base, meta, data["obs"], data["action"], data["mask"], noise, 0., image)
-    assert torch.equal(out["z"], out_mirrored["z"]) and torch.equal(out["beta"], out_mirrored["beta"])  # read: the episode itself
-    nll = action_nll(base.action_logits(meta.decoder(base.lower(image[0][:, :-1]), out["z"])), image[1])  # steered: its image
-    assert torch.allclose(mirrored, nll[data["mask"]].mean(), atol=1e-5) and (mirrored - plain).abs() > 1e-4
+    torch.manual_seed(0)
+    image = image_of(data, WORLD.G, symmetric=True, cut=1.)
+    plain, out = loss_of(base, meta, data, alpha=.1)
+    loss, steered = discovery_loss(base, meta, data["obs"], data["action"], data["mask"], torch.zeros(*data["action"].shape, 3), .1, image)
+    assert torch.equal(out["z"], steered["z"]) and torch.equal(out["beta"], steered["beta"]) and out["kl"] == steered["kl"]  # read: the episode
+    nll = []
+    for b in range(len(data["obs"])):  # steered: the image, episode by episode, without padding
+        n = int(image["mask"][b].sum())
+        z = out["z"][b, image["step"][b, :n]]
+        nll.append(action_nll(base.action_logits(meta.decoder(base.lower(image["obs"][b, None, :n]), z[None])), image["action"][b, None, :n])[0])
+    assert torch.allclose(steered["nll"], torch.cat(nll).mean(), atol=1e-5) and (steered["nll"] - plain).abs() > 1e-4
+
+
+def test_an_image_is_the_later_part_of_an_episode_in_a_turned_world():
+    data = batch(200)
+    torch.manual_seed(0)
+    image = image_of(data, WORLD.G, symmetric=True, cut=.5)
+    table = torch.from_numpy(neighbour_table(WORLD.G))
+    length, left = data["mask"].sum(1), image["mask"].sum(1)
+    starts = (length - left)
+    assert .3 < (starts == 0).float().mean() < .7 and (left >= 1).all()  # half are whole (and a few random starts are 0)
+    which = set()
+    for b in range(200):
+        n, s = int(left[b]), int(starts[b])
+        assert image["step"][b, :n].tolist() == list(range(s, s + n))
+        obs, action = image["obs"][b, :n], image["action"][b, :n]
+        assert (obs[:, :-1] == obs[0, :-1]).all() and len(set(obs[0, :-1].tolist())) == WORLD.things - 1  # things stay, each in a cell of its own
+        free = ~torch.isin(table[obs[:-1, -1], action[:-1]], obs[0, WORLD.O:-1])
+        assert (obs[1:, -1] == torch.where(free, table[obs[:-1, -1], action[:-1]], obs[:-1, -1])).all()  # the rules hold in the image
+        cells, _ = symmetries(WORLD.G)
+        which |= {g for g in range(8) if (cells[g][data["obs"][b, s]] == obs[0].numpy()).all()}
+    assert which == set(range(8))
+    assert image_of(data, WORLD.G, symmetric=False, cut=0.) is None
+    plain = image_of(data, WORLD.G, symmetric=False, cut=1.)  # not turned
+    assert torch.equal(plain["obs"], data["obs"].gather(1, plain["step"][..., None].expand(-1, -1, WORLD.things)))
 
 
 def test_the_metacontroller_reads_the_uncontrolled_layer_read_and_writes_the_controlled_one():

@@ -198,11 +198,11 @@ def test_grid_paper_has_exactly_the_papers_sizes_and_takes_a_step():
     assert sum(p.numel() for p in base.parameters()) == blocks + 637 * 256 + 256 + 32 * 4 + 2 * 256 + 257 * 4 + 257 * 637
     assert meta.decoder.net[2].out_features == 2 * 256 * 16
     data = train.tensors(run, generate(world, np.random.default_rng(0), 4))
-    optimizer = train.adamw(base, cfg.base_lr, cfg.base_wd)
+    optimizer = train.adamw(base.parameters(), cfg.base_lr, cfg.base_wd)
     losses = []
     for _ in range(3):
         losses.append(pretraining_loss(base, data["obs"], data["action"], data["mask"])[0])
-        train.optimise(run, "base", 0, losses[-1], base, optimizer, cfg.base_lr)
+        train.optimise("base", 0, losses[-1], base, optimizer, cfg.base_lr)
     assert losses[2] < losses[0]
 
 

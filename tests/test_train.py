@@ -133,6 +133,8 @@ WRONG = {
     "not a number": (["--base_lr", "nan"], "base_lr"),
     "rival of another stage": (["--rival", "raw", "--stage", "discover"], "rival"),
     "neither true nor false": (["--relative", "maybe"], "maybe"),
+    "cut above one": (["--cut", "1.5"], "cut"),
+    "nothing to train afresh": (["--stage", "eval", "--fresh"], "fresh"),
     "eps of one": (["--eps", "1.0"], "eps"),
     "no such device": (["--device", "tpu"], "device"),
 }
@@ -269,6 +271,8 @@ def test_rivals_have_files_of_their_own(finished, tmp_path):
     together, base = weights(tmp_path / "runs", "meta-cotrain"), weights(finished[0], "base")
     assert all(not torch.equal(together[f"base.{name}"], value) for name, value in base.items())  # its own base, not the frozen one
     run = train.parse([*TINY, "--rival", "cotrain", "--out", str(tmp_path / "runs")])[0]
+    assert run.names == ("meta-cotrain", "policy-cotrain")  # what --fresh deletes: nothing of the metacontroller's own path
+    assert train.parse([*TINY, "--rival", "forced"])[0].names == ("base", "meta-forced", "policy-forced")
     train.seed_everything(0, "init", 2)
     train.new_metacontroller(run)
     start = train.new_base(run).state_dict()
