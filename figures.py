@@ -164,13 +164,25 @@ def seed_results(folder):
             "blind_success": plain.get("blind_success"), "minutes": sum(line.get("seconds", 0) for line in last.values()) / 60}
 
 
+ROWS = (("base: share of the gap to Bayes closed", "bayes_gap_closed", "{:.1%}"), ("true-subgoal controllers (C.3), success", "control_success", "{:.3f}"),
+        ("gate F1, exact step", "switch_f1", "{:.3f}"), ("gate F1, +-1 step", "switch_f1_1", "{:.3f}"),
+        ("code identity, share of its maximum", "code_identity", "{:.1%}"), ("codes from the prior, success", "code_success", "{:.4f}"),
+        ("**internal RL, success**", "rl_success", "{:.3f}"), ("episodes of internal RL", "rl_episodes", "{:,}"),
+        ("raw-action RL, success", "raw_success", "{:.4f}"), ("episodes of raw-action RL", "raw_episodes", "{:,}"),
+        ("forced switching, success", "forced_success", "{:.4f}"), ("co-training, success", "cotrain_success", "{:.4f}"),
+        ("blind sampling, success", "blind_success", "{:.5f}"), ("minutes", "minutes", "{:.0f}"))
+
+
 def write_results(folders, preset, to):
-    """Replace this preset's entry of results.json; the other presets' stay."""
+    """Replace this preset's entry of results.json, the other presets' stay; and print it as the README's table."""
     path = to / "results.json"
     results = json.loads(path.read_text()) if path.exists() else {}
-    results[preset] = {"seeds": [seed_results(folder) for folder in folders]}
+    seeds = [seed_results(folder) for folder in folders]
+    results[preset] = {"seeds": seeds}
     path.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"wrote {path}")
+    print(f"wrote {path}\n\n| | " + " | ".join(f"seed {seed['seed']}" for seed in seeds) + " |\n" + "|---" * (len(seeds) + 1) + "|")
+    for title, key, form in ROWS:
+        print(f"| {title} | " + " | ".join("not run" if seed[key] is None else form.format(seed[key]) for seed in seeds) + " |")
 
 
 def main(argv=None):

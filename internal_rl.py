@@ -157,25 +157,17 @@ def gaussian_logp(z, mu, log_std):
 class Policy(nn.Module):
     """pi(z | e_1:t): one Hawk layer of width 256 (Table A13) over the residual streams at which the gate opened.
 
-    NOT in paper: the mean starts at 0 and the standard deviation at `init_std`. With 1 the first policy IS the prior N(0, I); with 2 it
-    draws longer codes, whose controllers are stronger and overrule the base's belief more often: 2 to 10 times the first successes
-    (README). And the standard deviation is one learned vector, not a function of e.
+    NOT in paper: the mean starts at 0 and the standard deviation, one learned vector and not a function of e, at 1: the first policy is the
+    prior N(0, I).
     """
 
-    def __init__(self, width, n_z, inner=256, heads=8, min_std=0., init_std=1.):
+    def __init__(self, width, n_z, inner=256, heads=8):
         super().__init__()
-        self.min_std = min_std
         self.norm_in = nn.LayerNorm(width, elementwise_affine=False)  # as in the metacontroller: e has no natural scale
         self.inp, self.block, self.norm = linear(width, inner, 1.), Block(Hawk(inner, heads), inner, 2 * inner), nn.LayerNorm(inner)
         self.mean = linear(inner, n_z)
         nn.init.zeros_(self.mean.weight)
-        self.free_log_std = nn.Parameter(torch.full((n_z,), math.log(init_std)))
-
-    @property
-    def log_std(self):
-        if not self.min_std:
-            return self.free_log_std
-        return (self.min_std ** 2 + (2 * self.free_log_std).exp()).log() / 2  # a soft floor: a hard one would have no gradient below it
+        self.log_std = nn.Parameter(torch.zeros(n_z))
 
     def forward(self, e, memory=None):
         """e (N, M, D) -> mean (N, M, n_z). With a memory (from `init_memory`): continues from it and updates it."""

@@ -59,27 +59,30 @@ class Decoder(nn.Module):
 
 # ------------------------------------------------------------------------------------------------ 2. what is steered; true subgoals (C.3)
 
-def image_of(batch, G, symmetric, cut):
+def image_of(batch, G, symmetric, splice):
     """Another view of a batch's episodes, for the controllers to steer; None if no such help is asked for. NOT in paper; two helps (README):
 
     symmetric: each image is turned or reflected its own way. A code that says "up" or "into that corner" becomes worthless, one that
         says "to colour 2" is as good as before. Without it the codes name directions: code identity stays at 0.
-    cut: the share of images that begin at a random step of the episode. What the base would have known from the past then has to come
-        from the code. Without it a code need only say which of the transitions shown in pretraining is meant, and seldom overrules
-        the base where RL needs a transition that was never shown.
-    batch: a dict of tensors obs (B, T+1, K), action and mask (B, T). Returns a dict of obs (B, T, K), action, mask, step (B, T): step t of
-    the image is step[t] of the episode.
+    splice: the share of images whose first steps are replaced by the last steps of another episode, as many as a random number. What the base
+        knows from the past is then of no help, or wrong, and has to be overruled by the code. Without it a code need only say which of the
+        transitions shown in pretraining is meant, and fails where RL needs one that was never shown.
+    batch: a dict of tensors obs (B, T+1, K), action and mask (B, T). Returns a dict of obs (B, T, K), action, mask, row, step (B, T): step t
+    of image b is step step[b, t] of episode row[b, t].
     """
-    if not (symmetric or cut):
+    if not (symmetric or splice):
         return None
     obs, action, length = batch["obs"], batch["action"], batch["mask"].sum(1)
     (B, T), device = action.shape, obs.device
     cells, actions = (torch.from_numpy(table).to(device) for table in symmetries(G))  # (8, C), (8, 4)
-    g = torch.randint(len(cells) if symmetric else 1, (B, 1), device=device)  # symmetry 0 is the identity
-    start = (torch.rand(B, device=device) * length).long() * (torch.rand(B, device=device) < cut)  # (B,)
-    step = start[:, None] + torch.arange(T, device=device)  # (B, T)
-    mask, step, rows = step < length[:, None], step.clamp(max=T - 1), torch.arange(B, device=device)[:, None]
-    return {"obs": cells[g[..., None], obs[rows, step]], "action": actions[g, action[rows, step]], "mask": mask, "step": step}
+    t, rows = torch.arange(T, device=device), torch.arange(B, device=device)[:, None]
+    other = torch.randperm(B, device=device)[:, None]  # (B, 1)
+    start = (torch.rand(B, device=device) * length).long() * (torch.rand(B, device=device) < splice)  # (B,) where the episode itself begins
+    start = torch.minimum(start, length[other[:, 0]])[:, None]  # the other has no more steps than that
+    before = t < start  # (B, T)
+    row, step = torch.where(before, other, rows), torch.where(before, length[other] - start + t, t)
+    g = torch.randint(len(cells) if symmetric else 1, (B, 1), device=device)[row, 0]  # (B, T); symmetry 0 is the identity
+    return {"obs": cells[g[..., None], obs[row, step]], "action": actions[g, action[row, step]], "mask": batch["mask"], "row": row, "step": step}
 
 
 def control_loss(base, decoder, obs, action, subgoal, mask):
@@ -209,7 +212,7 @@ def discovery_loss(base, meta, obs, action, mask, noise, alpha, image=None):
         e, steering, steered = e[:, :-1], z, mask  # nothing is decided at the last observation: (B, T, D)
     else:
         e, action, steered = base.lower(image["obs"]), image["action"], image["mask"]
-        steering = z.gather(1, image["step"][..., None].expand_as(z))  # (B, T, n_z)
+        steering = z[image["row"], image["step"]]  # (B, T, n_z)
     nll = (action_nll(base.action_logits(meta.decoder(e, steering)), action) * steered).sum() / steered.sum()
     kl = kl_to_prior(mu, logvar)  # (B, T)
     if meta.gate == "gumbel":

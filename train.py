@@ -74,7 +74,7 @@ class Config:
     # Where and on what the stream is steered: Tables A7 and A9
     layer: int = option(3, "split", "l, the controlled layer: 0 (embedding) to L")
     symmetric: bool = option(False, "split", "controllers steer a turned or reflected image of the episode (see metacontroller.image_of)")
-    cut: float = option(0., "split", "share of these images that begin at a random step of the episode")
+    splice: float = option(0., "split", "share of these images that begin with the end of another episode")
     rank: int = option(16, "control", "rank of the controllers of true subgoals; 0 = full matrix")
 
     # Controllers of true subgoals: Table A7
@@ -103,9 +103,7 @@ class Config:
 
     # Stage 3: Table A13. The paper scans the learning rate over 3e-6 .. 3e-4 (C.5.5)
     policy_width: int = option(256, "policy", "width of the policy's Hawk layer")
-    init_std: float = option(1., "policy", "standard deviation that the policy starts with")
     std_lr: float = option(3e-5, "policy", "learning rate of the policy's standard deviation")
-    min_std: float = option(0., "policy", "floor of the policy's standard deviation")
     rl_batch: int = option(1024, "rl", "episodes per update")
     rl_lr: float = option(3e-5, "policy", "learning rate of internal RL")
     raw_lr: float = option(3e-5, "raw", "learning rate of raw-action RL")
@@ -127,7 +125,7 @@ class Config:
 PRESETS = {
     # Seconds. Every stage runs; nothing is learned well. The tests use it.
     "smoke": Config(G=3, O=3, W=0, T=12, task_set="tiny", width=32, layers=2, heads=2, hidden=64, relative=True, lam=0.01, layer=0, read=1,
-                    symmetric=True, cut=.5, rank=4, meta_rank=4,
+                    symmetric=True, splice=.5, rank=4, meta_rank=4,
                     base_steps=150, base_batch=32, base_lr=3e-3, control_steps=40, control_batch=32, control_lr=1e-2,
                     meta_steps=60, meta_batch=32, meta_lr=3e-3, alpha_ramp=40, n_h=16, n_s=8, encoder_hidden=16, decoder_hidden=16,
                     policy_width=32, rl_updates=10, rl_batch=64, rl_lr=1e-3, std_lr=1e-3, raw_lr=1e-3, eval_episodes=200, evaluations=3, save_seconds=1.),
@@ -135,8 +133,8 @@ PRESETS = {
     "grid-small": Config(G=5, O=4, W=0, T=50, task_set="singles", width=128, layers=4, heads=4, hidden=256, relative=True, lam=0.,
                          layer=0, read=2, warmup=100, decay=.5, base_steps=5000, base_batch=64, base_lr=3e-3,
                          control_steps=2000, control_batch=128, control_lr=3e-3,
-                         symmetric=True, cut=1., meta_rank=16, decoder_hidden=64, meta_steps=3000, meta_batch=128, meta_lr=1.5e-3, alpha=.15, alpha_start=900, alpha_ramp=1200,
-                         rl_updates=150, rl_batch=512, init_std=2., rl_lr=1e-3, std_lr=1e-2, raw_lr=3e-4, rl_epochs=2, evaluations=10),
+                         symmetric=True, splice=1., decoder_hidden=64, meta_steps=2500, meta_batch=128, meta_lr=1.5e-3, alpha=.1,
+                         alpha_start=700, alpha_ramp=1000, rl_updates=150, rl_batch=512, rl_lr=1e-3, std_lr=1e-2, raw_lr=3e-4, rl_epochs=2, evaluations=10),
     # The paper's gridworld, sizes and rates: A.1, Tables A4, A7, A9, A13, A16. What remains different is marked NOT in paper.
     "grid-paper": Config(),
 }
@@ -164,7 +162,7 @@ def check(cfg):
         generate(world_of(cfg), np.random.default_rng(0), 8, cfg.eps if cfg.eps < 1 else 0.)
     except ValueError as error:
         raise Refused(str(error)) from None
-    may_be_zero = ("W", "layer", "cut", "lam", "eps", "alpha", "alpha_start", "alpha_ramp", "read", "rank", "meta_rank", "warmup", "decay", "min_std", "save_seconds", "seed", "threads",
+    may_be_zero = ("W", "layer", "splice", "lam", "eps", "alpha", "alpha_start", "alpha_ramp", "read", "rank", "meta_rank", "warmup", "decay", "save_seconds", "seed", "threads",
                    "base_wd", "control_wd", "meta_wd")
     for name, value in dataclasses.asdict(cfg).items():
         if type(value) in (int, float) and not (value > 0 or value == 0 and name in may_be_zero):  # NaN fails both
@@ -177,8 +175,8 @@ def check(cfg):
         raise Refused(f"--layer {cfg.layer} does not exist: the model has layers 0 to {cfg.layers}")
     if cfg.read > cfg.layers:
         raise Refused(f"--read {cfg.read} does not exist: the model has layers 0 to {cfg.layers}")
-    if cfg.eps >= 1 or max(cfg.decay, cfg.cut) > 1:
-        raise Refused(f"--eps {cfg.eps} must be below 1, and --decay {cfg.decay} and --cut {cfg.cut} at most 1")
+    if cfg.eps >= 1 or max(cfg.decay, cfg.splice) > 1:
+        raise Refused(f"--eps {cfg.eps} must be below 1, and --decay {cfg.decay} and --splice {cfg.splice} at most 1")
     for name, choices in CHOICES.items():
         if getattr(cfg, name) not in choices:
             raise Refused(f"--{name} must be one of {', '.join(choices)}, not '{getattr(cfg, name)}'")
@@ -500,8 +498,8 @@ def control(run):
         bar = tqdm(total=cfg.control_steps, initial=first, desc="control", unit="step", mininterval=1)
         for step, batch in batches(run, "control", cfg.control_batch, 0., first, cfg.control_steps):
             obs, action, subgoal, mask = batch["obs"][:, :-1], batch["action"], batch["subgoal"], batch["mask"]
-            if (image := image_of(batch, cfg.G, cfg.symmetric, cfg.cut)) is not None:
-                obs, action, subgoal, mask = image["obs"], image["action"], subgoal.gather(1, image["step"]), image["mask"]
+            if (image := image_of(batch, cfg.G, cfg.symmetric, cfg.splice)) is not None:
+                obs, action, subgoal, mask = image["obs"], image["action"], subgoal[image["row"], image["step"]], image["mask"]
             with autocast(run):
                 loss = control_loss(base, decoder, obs, action, subgoal, mask)
             optimise("control", step, loss, decoder, optimizer, cfg.control_lr * schedule(cfg, step, cfg.control_steps))
@@ -545,7 +543,7 @@ def discover(run):
             # NOT in paper: alpha grows from 0. With alpha in full from the start the code is given up before it carries anything.
             alpha = cfg.alpha * min(1., max(0, step + 1 - cfg.alpha_start) / max(cfg.alpha_ramp, 1))
             noise = torch.randn(*batch["action"].shape, cfg.n_z, device=run.device)
-            image = image_of(batch, cfg.G, cfg.symmetric, cfg.cut)
+            image = image_of(batch, cfg.G, cfg.symmetric, cfg.splice)
             with autocast(run):
                 loss, _ = discovery_loss(base, meta.train(), batch["obs"], batch["action"], batch["mask"], noise, alpha, image)
             optimise(name, step, loss, learner, optimizer, cfg.meta_lr * schedule(cfg, step, cfg.meta_steps))
@@ -603,16 +601,16 @@ def rl(run):
     cfg, world = run.cfg, world_of(run.cfg)
     base, meta = discover(run)
     seed_everything(cfg.seed, "init", 3)
-    policy = Policy(cfg.width, cfg.n_z, cfg.policy_width, min_std=cfg.min_std, init_std=cfg.init_std).to(run.device)
+    policy = Policy(cfg.width, cfg.n_z, cfg.policy_width).to(run.device)
 
     def trial(rng):
         data, success, env = internal_episodes(base, meta, world, rng, cfg.eval_episodes, policy)
         return data, success, env.gates
 
-    # Table A13: weight decay 0. NOT in paper: a rate of its own for the standard deviation, so that a wide first policy narrows once it
-    # has found the way.
-    rest = [p for p in policy.parameters() if p is not policy.free_log_std]
-    optimizer = adamw([{"params": rest}, {"params": [policy.free_log_std], "lr": cfg.std_lr}], cfg.rl_lr, 0.)
+    # Table A13: weight decay 0. NOT in paper: a rate of its own for the standard deviation, so that the policy narrows within the short
+    # training of `grid-small`, once it has found the way.
+    rest = [p for p in policy.parameters() if p is not policy.log_std]
+    optimizer = adamw([{"params": rest}, {"params": [policy.log_std], "lr": cfg.std_lr}], cfg.rl_lr, 0.)
     update = lambda rng: internal_rl_step(base, meta, policy, optimizer, world, rng, cfg.rl_batch, cfg.rl_epochs, cfg.rl_clip)
     return base, meta, reinforce(run, "policy" + suffix(run), policy, optimizer, update, trial, meta)
 

@@ -175,43 +175,51 @@ def test_kl_is_the_sum_over_dimensions_counted_once_and_without_padding():
     assert torch.allclose(loss, loss_of(base, meta, longer, alpha=.3)[0], atol=1e-5)
 
 
-def test_codes_are_read_from_the_episode_and_steer_its_image():
+def test_codes_are_read_from_the_episodes_and_steer_their_images():
     base, meta, data = frozen_base(), metacontroller(), batch()
     torch.manual_seed(0)
-    image = image_of(data, WORLD.G, symmetric=True, cut=1.)
+    image = image_of(data, WORLD.G, symmetric=True, splice=1.)
     plain, out = loss_of(base, meta, data, alpha=.1)
     loss, steered = discovery_loss(base, meta, data["obs"], data["action"], data["mask"], torch.zeros(*data["action"].shape, 3), .1, image)
-    assert torch.equal(out["z"], steered["z"]) and torch.equal(out["beta"], steered["beta"]) and out["kl"] == steered["kl"]  # read: the episode
+    assert torch.equal(out["z"], steered["z"]) and torch.equal(out["beta"], steered["beta"]) and out["kl"] == steered["kl"]  # read: the episodes
     nll = []
-    for b in range(len(data["obs"])):  # steered: the image, episode by episode, without padding
-        n = int(image["mask"][b].sum())
-        z = out["z"][b, image["step"][b, :n]]
+    for b in range(len(data["obs"])):  # steered: the images, one by one, without padding
+        n = int(data["mask"][b].sum())
+        z = torch.stack([out["z"][int(row), int(step)] for row, step in zip(image["row"][b, :n], image["step"][b, :n])])
         nll.append(action_nll(base.action_logits(meta.decoder(base.lower(image["obs"][b, None, :n]), z[None])), image["action"][b, None, :n])[0])
     assert torch.allclose(steered["nll"], torch.cat(nll).mean(), atol=1e-5) and (steered["nll"] - plain).abs() > 1e-4
 
 
-def test_an_image_is_the_later_part_of_an_episode_in_a_turned_world():
+def test_an_image_is_the_end_of_another_episode_and_then_the_episode_in_turned_worlds():
     data = batch(200)
     torch.manual_seed(0)
-    image = image_of(data, WORLD.G, symmetric=True, cut=.5)
-    table = torch.from_numpy(neighbour_table(WORLD.G))
-    length, left = data["mask"].sum(1), image["mask"].sum(1)
-    starts = (length - left)
-    assert .3 < (starts == 0).float().mean() < .7 and (left >= 1).all()  # half are whole (and a few random starts are 0)
-    which = set()
+    image = image_of(data, WORLD.G, symmetric=True, splice=.5)
+    table, (cells, actions) = torch.from_numpy(neighbour_table(WORLD.G)), symmetries(WORLD.G)
+    length, which, spliced = data["mask"].sum(1), set(), 0
+    assert torch.equal(image["mask"], data["mask"])
     for b in range(200):
-        n, s = int(left[b]), int(starts[b])
-        assert image["step"][b, :n].tolist() == list(range(s, s + n))
-        obs, action = image["obs"][b, :n], image["action"][b, :n]
-        assert (obs[:, :-1] == obs[0, :-1]).all() and len(set(obs[0, :-1].tolist())) == WORLD.things - 1  # things stay, each in a cell of its own
-        free = ~torch.isin(table[obs[:-1, -1], action[:-1]], obs[0, WORLD.O:-1])
-        assert (obs[1:, -1] == torch.where(free, table[obs[:-1, -1], action[:-1]], obs[:-1, -1])).all()  # the rules hold in the image
-        cells, _ = symmetries(WORLD.G)
-        which |= {g for g in range(8) if (cells[g][data["obs"][b, s]] == obs[0].numpy()).all()}
-    assert which == set(range(8))
-    assert image_of(data, WORLD.G, symmetric=False, cut=0.) is None
-    plain = image_of(data, WORLD.G, symmetric=False, cut=1.)  # not turned
-    assert torch.equal(plain["obs"], data["obs"].gather(1, plain["step"][..., None].expand(-1, -1, WORLD.things)))
+        n = int(length[b])
+        row, step, obs, action = (image[key][b, :n] for key in ("row", "step", "obs", "action"))
+        start = int(((row != b) | (step != torch.arange(n))).sum())  # the other may be the episode itself
+        spliced += start > 0
+        assert (row[start:] == b).all() and step[start:].tolist() == list(range(start, n))  # its own steps where they were
+        if start:
+            other = int(row[0])
+            assert (row[:start] == other).all() and step[:start].tolist() == list(range(int(length[other]) - start, int(length[other])))
+        for part in (slice(0, start), slice(start, n)):  # each part: one turned world, in which the rules hold
+            o, a = obs[part], action[part]
+            if len(o) == 0:
+                continue
+            assert (o[:, :-1] == o[0, :-1]).all() and len(set(o[0, :-1].tolist())) == WORLD.things - 1
+            to = table[o[:-1, -1], a[:-1]]
+            assert (o[1:, -1] == torch.where(torch.isin(to, o[0, WORLD.O:-1]), o[:-1, -1], to)).all()
+            found = {g for g in range(8) if (cells[g][data["obs"][int(row[part][0]), int(step[part][0])]] == o[0].numpy()).all()}
+            assert found and any((actions[g][data["action"][int(row[part][0]), step[part]]] == a.numpy()).all() for g in found)
+            which |= found
+    assert which == set(range(8)) and 60 < spliced < 110
+    assert image_of(data, WORLD.G, symmetric=False, splice=0.) is None
+    turned = image_of(data, WORLD.G, symmetric=True, splice=0.)  # whole episodes
+    assert (turned["row"] == torch.arange(200)[:, None]).all() and (turned["step"] == torch.arange(turned["step"].shape[1])).all()
 
 
 def test_the_metacontroller_reads_the_uncontrolled_layer_read_and_writes_the_controlled_one():

@@ -133,7 +133,7 @@ WRONG = {
     "not a number": (["--base_lr", "nan"], "base_lr"),
     "rival of another stage": (["--rival", "raw", "--stage", "discover"], "rival"),
     "neither true nor false": (["--relative", "maybe"], "maybe"),
-    "cut above one": (["--cut", "1.5"], "cut"),
+    "splice above one": (["--splice", "1.5"], "splice"),
     "nothing to train afresh": (["--stage", "eval", "--fresh"], "fresh"),
     "eps of one": (["--eps", "1.0"], "eps"),
     "no such device": (["--device", "tpu"], "device"),
