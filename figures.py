@@ -148,23 +148,23 @@ def draw_film(folder, to):
 def seed_results(folder):
     """The numbers of one seed, for results.json. None where something has not been run.
 
-    bayes_gap_closed, switch_f1 (exact step), switch_f1_1 (+-1): shares. code_identity: share of its maximum. *_success: share of fresh episodes of the
-    post-training task. *_episodes: episodes trained on. minutes: the path of `--stage rl` (base, control, meta, policy, raw), rivals excluded.
+    bayes_gap_closed, switch_f1 (exact step), switch_f1_1 (+-1): shares. code_identity: share of its maximum. *_success: share of fresh
+    episodes of the post-training task. *_episodes: episodes trained on. minutes: the path of `--stage rl`, rivals but raw excluded.
     """
     last = {name: (logs([folder], name) or [[{}]])[0][-1] for name in ("base", "control", "meta", "policy", "raw")}
     read = lambda kind: json.loads((folder / f"eval{kind}.json").read_text()) if (folder / f"eval{kind}.json").exists() else {}
-    plain = read("")
-    identity = last["meta"].get("code_identity")
-    return {"seed": int(folder.name.removeprefix("seed")), "bayes_gap_closed": last["base"].get("gap_closed"), "control_success": plain.get("control_success"),
-            "switch_f1": last["meta"].get("f1"), "switch_f1_1": last["meta"].get("f1_1"),
-            "code_identity": identity and identity / last["meta"]["code_identity_max"], "code_success": plain.get("code_success"),
+    plain, meta, identity = read(""), last["meta"], last["meta"].get("code_identity")
+    return {"seed": int(folder.name.removeprefix("seed")), "bayes_gap_closed": last["base"].get("gap_closed"),
+            "control_success": plain.get("control_success"), "switch_f1": meta.get("f1"), "switch_f1_1": meta.get("f1_1"),
+            "code_identity": identity and identity / meta["code_identity_max"], "code_success": plain.get("code_success"),
             "rl_success": plain.get("rl_success"), "rl_episodes": last["policy"].get("episodes"),
             "raw_success": plain.get("raw_success"), "raw_episodes": last["raw"].get("episodes"),
             "forced_success": read("-forced").get("rl_success"), "cotrain_success": read("-cotrain").get("rl_success"),
             "blind_success": plain.get("blind_success"), "minutes": sum(line.get("seconds", 0) for line in last.values()) / 60}
 
 
-ROWS = (("base: share of the gap to Bayes closed", "bayes_gap_closed", "{:.1%}"), ("true-subgoal controllers (C.3), success", "control_success", "{:.3f}"),
+ROWS = (("base: share of the gap to Bayes closed", "bayes_gap_closed", "{:.1%}"),
+        ("true-subgoal controllers (C.3), success", "control_success", "{:.3f}"),
         ("gate F1, exact step", "switch_f1", "{:.3f}"), ("gate F1, +-1 step", "switch_f1_1", "{:.3f}"),
         ("code identity, share of its maximum", "code_identity", "{:.1%}"), ("codes from the prior, success", "code_success", "{:.4f}"),
         ("**internal RL, success**", "rl_success", "{:.3f}"), ("episodes of internal RL", "rl_episodes", "{:,}"),
@@ -197,7 +197,8 @@ def main(argv=None):
         return 2
     to = Path(args.to)
     to.mkdir(parents=True, exist_ok=True)
-    for draw, name, seeds in ((draw_curves, "base", "all"), (draw_success, "policy", "all"), (draw_gate, "meta", "one"), (draw_film, "policy", "one")):
+    for draw, name, seeds in ((draw_curves, "base", "all"), (draw_success, "policy", "all"),
+                              (draw_gate, "meta", "one"), (draw_film, "policy", "one")):
         try:  # only finished checkpoints: an unfinished one would be trained on
             ready = [folder for folder in folders if (folder / f"{name}.pt").exists() and train.finished(open_run(folder, name), name)]
             if not ready:

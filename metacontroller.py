@@ -107,7 +107,8 @@ class SequenceEmbedder(nn.Module):
 
     def __init__(self, width, n_s, inner=64, heads=4):
         super().__init__()
-        self.inp, self.block, self.norm, self.out = linear(width, inner, 1.), Block(Hawk(inner, heads), inner, 2 * inner), nn.LayerNorm(inner), linear(inner, n_s, 1.)
+        self.inp, self.block = linear(width, inner, 1.), Block(Hawk(inner, heads), inner, 2 * inner)
+        self.norm, self.out = nn.LayerNorm(inner), linear(inner, n_s, 1.)
 
     def forward(self, e, length):
         """e (B, T, D), length (B,) -> s (B, n_s)."""

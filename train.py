@@ -128,13 +128,15 @@ PRESETS = {
                     symmetric=True, splice=.5, rank=4, meta_rank=4,
                     base_steps=150, base_batch=32, base_lr=3e-3, control_steps=40, control_batch=32, control_lr=1e-2,
                     meta_steps=60, meta_batch=32, meta_lr=3e-3, alpha_ramp=40, n_h=16, n_s=8, encoder_hidden=16, decoder_hidden=16,
-                    policy_width=32, rl_updates=10, rl_batch=64, rl_lr=1e-3, std_lr=1e-3, raw_lr=1e-3, eval_episodes=200, evaluations=3, save_seconds=1.),
+                    policy_width=32, rl_updates=10, rl_batch=64, rl_lr=1e-3, std_lr=1e-3, raw_lr=1e-3, eval_episodes=200, evaluations=3,
+                    save_seconds=1.),
     # A laptop. The world and every value that differs from the paper are discussed in the README.
     "grid-small": Config(G=5, O=4, W=0, T=50, task_set="singles", width=128, layers=4, heads=4, hidden=256, relative=True, lam=0.,
                          layer=0, read=2, warmup=100, decay=.5, base_steps=5000, base_batch=64, base_lr=3e-3,
                          control_steps=2000, control_batch=128, control_lr=3e-3,
                          symmetric=True, splice=1., decoder_hidden=64, meta_steps=2500, meta_batch=128, meta_lr=1.5e-3, alpha=.1,
-                         alpha_start=700, alpha_ramp=1000, rl_updates=150, rl_batch=512, rl_lr=1e-3, std_lr=1e-2, raw_lr=3e-4, rl_epochs=2, evaluations=10),
+                         alpha_start=700, alpha_ramp=1000,
+                         rl_updates=150, rl_batch=512, rl_lr=1e-3, std_lr=1e-2, raw_lr=3e-4, rl_epochs=2, evaluations=10),
     # The paper's gridworld, sizes and rates: A.1, Tables A4, A7, A9, A13, A16. What remains different is marked NOT in paper.
     "grid-paper": Config(),
 }
@@ -162,8 +164,8 @@ def check(cfg):
         generate(world_of(cfg), np.random.default_rng(0), 8, cfg.eps if cfg.eps < 1 else 0.)
     except ValueError as error:
         raise Refused(str(error)) from None
-    may_be_zero = ("W", "layer", "splice", "lam", "eps", "alpha", "alpha_start", "alpha_ramp", "read", "rank", "meta_rank", "warmup", "decay", "save_seconds", "seed", "threads",
-                   "base_wd", "control_wd", "meta_wd")
+    may_be_zero = ("W", "layer", "splice", "lam", "eps", "alpha", "alpha_start", "alpha_ramp", "read", "rank", "meta_rank", "warmup", "decay",
+                   "save_seconds", "seed", "threads", "base_wd", "control_wd", "meta_wd")
     for name, value in dataclasses.asdict(cfg).items():
         if type(value) in (int, float) and not (value > 0 or value == 0 and name in may_be_zero):  # NaN fails both
             raise Refused(f"--{name} must {'not be negative' if name in may_be_zero else 'be positive'}, and is {value}")
@@ -249,7 +251,8 @@ def resume(run, name, model, optimizer, parent=None):
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
     except (RuntimeError, ValueError) as error:
-        raise Refused(f"{path} does not fit the model of this version of the code ({type(error).__name__}): delete it, or start again with --fresh") from None
+        raise Refused(f"{path} does not fit the model of this version of the code ({type(error).__name__}): delete it, or start again "
+                      f"with --fresh") from None
     if saved["done"] and not (name.startswith(("policy", "raw")) and saved["step"] < run.cfg.rl_updates):
         print(f"{name}: finished earlier ({saved['seconds'] / 60:.1f} min), reused")
     else:  # interrupted; or RL, whose updates do not depend on how many there will be, asked for more of them
@@ -633,26 +636,28 @@ def raw(run):
 def evaluate(run):
     """Success of everything that has been trained, on the same fresh episodes of the post-training task; written to eval.json."""
     world, n, kind = world_of(run.cfg), run.cfg.eval_episodes, suffix(run)
-    rows = []  # (key, text, success)
+    rows = {}  # key -> (text, success)
     fresh_rng = lambda: seed_everything(EVAL_SEED, "eval", 3)
-    rate = lambda success: float(np.mean(success))
+    alone = lambda model, rng: play(model, world, [world.post_task] * n, rng)[1]
+    coded = lambda base, meta, policy=None: internal_episodes(base, meta, world, fresh_rng(), n, policy)[1]
     if not kind:
-        base, rng = pretrain(run), fresh_rng()  # blind success is rare: 20 times as many episodes
-        rows.append(("blind_success", "blind sampling from the base model", rate([play(base, world, [world.post_task] * n, rng)[1] for _ in range(20)])))
+        base, rng = pretrain(run), fresh_rng()
+        # Blind success is rare: 20 times as many episodes.
+        rows["blind_success"] = "blind sampling from the base model", [alone(base, rng) for _ in range(20)]
         if finished(run, "control"):
-            rows.append(("control_success", "true-subgoal controllers (C.3)", control_success(base, control(run), world, fresh_rng(), n)))
+            rows["control_success"] = "true-subgoal controllers (C.3)", control_success(base, control(run), world, fresh_rng(), n)
     if finished(run, "meta" + kind):
-        base, meta = discover(run)
-        rows.append(("code_success", "codes from the prior, before RL", rate(internal_episodes(base, meta, world, fresh_rng(), n)[1])))
+        rows["code_success"] = "codes from the prior, before RL", coded(*discover(run))
     if finished(run, "policy" + kind):
-        base, meta, policy = rl(run)
-        rows.append(("rl_success", "internal RL" + {"": "", "-forced": ", forced switching", "-cotrain": ", co-trained base"}[kind], rate(internal_episodes(base, meta, world, fresh_rng(), n, policy)[1])))
+        title = {"": "internal RL", "-forced": "internal RL, forced switching", "-cotrain": "internal RL, co-trained base"}[kind]
+        rows["rl_success"] = title, coded(*rl(run))
     if not kind and finished(run, "raw"):
-        rows.append(("raw_success", "raw-action RL", rate(play(raw(run), world, [world.post_task] * n, fresh_rng())[1])))
+        rows["raw_success"] = "raw-action RL", alone(raw(run), fresh_rng())
+    rates = {key: float(np.mean(success)) for key, (_, success) in rows.items()}
     print(f"\nsuccess on the post-training task {'-'.join(map(str, world.post_task))}, {n} episodes ({20 * n} blind), sampled actions")
-    for _, text, success in rows:
-        print(f"  {text:40} {success:.4f}")
-    write_atomically(run.folder / f"eval{kind}.json", json.dumps({key: success for key, _, success in rows}).encode())
+    for key, (text, _) in rows.items():
+        print(f"  {text:40} {rates[key]:.4f}")
+    write_atomically(run.folder / f"eval{kind}.json", json.dumps(rates).encode())
 
 
 # ------------------------------------------------------------------------------------------------ 6. command line
@@ -673,11 +678,13 @@ def parse(argv):
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--stage", choices=STAGES, default="rl")
     parser.add_argument("--preset", choices=PRESETS, default="grid-small")
-    parser.add_argument("--rival", choices=RIVALS, default="none", help="raw: raw-action RL alone; forced: beta = 1 from stage 2 on; cotrain: base and metacontroller trained together")
+    parser.add_argument("--rival", choices=RIVALS, default="none", help="raw: raw-action RL alone; forced: beta = 1 from stage 2 on; "
+                        "cotrain: base and metacontroller trained together")
     parser.add_argument("--out", default="runs", help="folder for checkpoints and logs")
     parser.add_argument("--fresh", action="store_true", help="first delete the checkpoints of the stage and of its inputs")
     for field in dataclasses.fields(Config):
-        parser.add_argument(f"--{field.name}", type=boolean if field.type is bool else field.type, metavar=field.type.__name__, help=field.metadata["help"])
+        parser.add_argument(f"--{field.name}", type=boolean if field.type is bool else field.type, metavar=field.type.__name__,
+                            help=field.metadata["help"])
     args = vars(parser.parse_args(argv))
     chosen = {field.name: args[field.name] for field in dataclasses.fields(Config) if args[field.name] is not None}
     cfg = dataclasses.replace(PRESETS[args["preset"]], **chosen)
