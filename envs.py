@@ -449,12 +449,11 @@ def simulate(world, tasks, things, agent, act):
     return Trajectories(things=things, length=worlds.steps, **columns), worlds.success
 
 
-def generate(world, rng, n, eps=0.0, tasks=None):
-    """n successful expert episodes on uniformly drawn tasks (default: the pretraining tasks). Failed ones are dropped (C.1.1).
+def generate(world, rng, n, eps=0.0):
+    """n successful expert episodes on uniformly drawn pretraining tasks. Failed ones are dropped (C.1.1).
 
     Raises ValueError if fewer than one in a thousand succeeds: such a world has no experts worth the name.
     """
-    tasks = tasks or world.tasks
     parts, have, tried = [], 0, 0
     while have < n:
         m = min(max(256, int((n - have) * 1.1)), 8192)  # in portions, to bound the memory
@@ -471,7 +470,7 @@ def generate(world, rng, n, eps=0.0, tasks=None):
             return (rng.random((len(alive), 1)) > probs.cumsum(1)[:, :-1]).sum(1)
 
         stuck = np.zeros(m, bool)
-        played, success = simulate(world, [tasks[i] for i in rng.integers(len(tasks), size=m)], things, agent, expert)
+        played, success = simulate(world, [world.tasks[i] for i in rng.integers(len(world.tasks), size=m)], things, agent, expert)
         keep = np.flatnonzero(success & ~stuck)
         tried += m
         if tried >= 10_000 and have + len(keep) < tried / 1000:

@@ -34,13 +34,17 @@ def open_run(folder, name):
     saved = torch.load(folder / f"{name}.pt", map_location="cpu", weights_only=True)["fingerprint"]
     fields = {f.name for f in dataclasses.fields(train.Config)}
     cfg = dataclasses.replace(train.PRESETS[saved["preset"]], **{k: v for k, v in saved.items() if k in fields})
-    return train.Run(cfg, saved["preset"], folder)
+    return train.Run(cfg, saved["preset"], folder, extend=False)
+
+
+def ready(folder, name):
+    """Is there a checkpoint `name` whose training has ended?"""
+    return (folder / f"{name}.pt").exists() and train.finished(open_run(folder, name), name)
 
 
 def logs(folders, name):
-    """The logs of all seeds that have one."""
-    every = [train.read_log(train.Run(None, "", folder), name) for folder in folders]
-    return [log for log in every if log]
+    """The logs of all seeds whose training has ended."""
+    return [train.read_log(train.Run(None, "", folder), name) for folder in folders if ready(folder, name)]
 
 
 def save(figure, path):
@@ -75,16 +79,16 @@ def draw_success(folders, to):
         seeds = logs(folders, name)
         if not seeds:
             continue
-        length = min(map(len, seeds))
-        episodes = [line["episodes"] for line in seeds[0][:length]]
-        success = np.array([[line["eval_success"] for line in log[:length]] for log in seeds])  # (seeds, evaluations)
+        curves = [{line["episodes"]: line["eval_success"] for line in log} for log in seeds]
+        episodes = sorted(set.intersection(*(set(curve) for curve in curves)))  # at which every seed was evaluated
+        success = np.array([[curve[n] for n in episodes] for curve in curves])  # (seeds, evaluations)
         low, middle, high = np.quantile(success, (.25, .5, .75), axis=0)
         for axis in axes:
-            axis.plot(episodes, middle, color=colour, label=f"{LABELS[name]} ({len(seeds)} seeds)")
+            axis.plot(episodes, middle.clip(2e-4), color=colour, label=f"{LABELS[name]} ({len(seeds)} seeds)")
             axis.fill_between(episodes, low, high, color=colour, alpha=.25, lw=0)
     for axis, scale in zip(axes, ("linear", "log")):
         axis.set(xlabel="episodes", ylabel="success on the post-training task", yscale=scale)
-        axis.set_ylim(*((-.02, 1.02) if scale == "linear" else (3e-4, 1.2)))
+        axis.set_ylim(*((-.02, 1.02) if scale == "linear" else (1.5e-4, 1.2)))  # 0 of 2,000 is drawn at 2e-4
     axes[0].legend(fontsize=8)
     save(figure, to / "success.png")
 
@@ -148,7 +152,7 @@ def draw_film(folder, to):
 def seed_results(folder):
     """The numbers of one seed, for results.json. None where something has not been run.
 
-    bayes_gap_closed, switch_f1 (exact step), switch_f1_1 (+-1): shares. code_identity: share of its maximum. *_success: share of fresh
+    bayes_gap_closed, switch_f1 (exact step), switch_f1_1 (+-1), undecided (gates): shares. code_identity: share of its maximum. *_success: share of fresh
     episodes of the post-training task. *_episodes: episodes trained on. minutes: the path of `--stage rl`, rivals but raw excluded.
     """
     last = {name: (logs([folder], name) or [[{}]])[0][-1] for name in ("base", "control", "meta", "policy", "raw")}
@@ -156,7 +160,7 @@ def seed_results(folder):
     plain, meta, identity = read(""), last["meta"], last["meta"].get("code_identity")
     return {"seed": int(folder.name.removeprefix("seed")), "bayes_gap_closed": last["base"].get("gap_closed"),
             "control_success": plain.get("control_success"), "switch_f1": meta.get("f1"), "switch_f1_1": meta.get("f1_1"),
-            "code_identity": identity and identity / meta["code_identity_max"], "code_success": plain.get("code_success"),
+            "undecided": meta.get("undecided"), "code_identity": identity and identity / meta["code_identity_max"], "code_success": plain.get("code_success"),
             "rl_success": plain.get("rl_success"), "rl_episodes": last["policy"].get("episodes"),
             "raw_success": plain.get("raw_success"), "raw_episodes": last["raw"].get("episodes"),
             "forced_success": read("-forced").get("rl_success"), "cotrain_success": read("-cotrain").get("rl_success"),
@@ -166,6 +170,7 @@ def seed_results(folder):
 ROWS = (("base: share of the gap to Bayes closed", "bayes_gap_closed", "{:.1%}"),
         ("true-subgoal controllers (C.3), success", "control_success", "{:.3f}"),
         ("gate F1, exact step", "switch_f1", "{:.3f}"), ("gate F1, +-1 step", "switch_f1_1", "{:.3f}"),
+        ("gates between .1 and .9", "undecided", "{:.1%}"),
         ("code identity, share of its maximum", "code_identity", "{:.1%}"), ("codes from the prior, success", "code_success", "{:.4f}"),
         ("**internal RL, success**", "rl_success", "{:.3f}"), ("episodes of internal RL", "rl_episodes", "{:,}"),
         ("raw-action RL, success", "raw_success", "{:.4f}"), ("episodes of raw-action RL", "raw_episodes", "{:,}"),
@@ -200,11 +205,11 @@ def main(argv=None):
     for draw, name, seeds in ((draw_curves, "base", "all"), (draw_success, "policy", "all"),
                               (draw_gate, "meta", "one"), (draw_film, "policy", "one")):
         try:  # only finished checkpoints: an unfinished one would be trained on
-            ready = [folder for folder in folders if (folder / f"{name}.pt").exists() and train.finished(open_run(folder, name), name)]
-            if not ready:
+            have = [folder for folder in folders if ready(folder, name)]
+            if not have:
                 print(f"{draw.__name__}: no finished {name}.pt, skipped")
             else:
-                draw(ready if seeds == "all" else ready[0], to)
+                draw(have if seeds == "all" else have[0], to)
         except train.Refused as refusal:
             print(f"figures.py: {refusal}", file=sys.stderr)
             return 2

@@ -7,7 +7,7 @@ Bottom-up:
   3. Policy            pi(z | e_1:t), a one-layer Hawk stepped only when the gate opens (D.3)
   4. update            the critic-free clipped update of C.5.2, one for both kinds of action
   5. episodes          collect a batch for internal RL (Algorithm 3) and for raw-action RL (C.5.3)
-  6. measurements      success with true subgoals (C.3), success of prior codes, code identity
+  6. measurements      success with true subgoals (C.3), code identity
 
 Paper sections: C.3, C.5, D.3, B.3.2 (the idea behind code identity); Algorithms 1-3; Eq. 10; Table A13.
 
@@ -240,7 +240,7 @@ def play(base, world, tasks, rng, steer=None, state=None, layouts=None):
     return *simulate(world, tasks, things, agent, player), player
 
 
-def internal_episodes(base, meta, world, rng, n, policy=None, layouts=None):
+def internal_episodes(base, meta, world, rng, n, policy=None):
     """Algorithm 3's inner loop: n episodes of the post-training task with codes from `policy` (None: from the prior).
 
     Returns Trajectories, success (n,) bool, the InternalEnvironment.
@@ -249,7 +249,7 @@ def internal_episodes(base, meta, world, rng, n, policy=None, layouts=None):
     ask = prior_sampler(meta.n_z) if policy is None else policy.sampler()
     env = InternalEnvironment(meta, ask, {} if policy is None else policy.init_memory(n), n, world.T, device)
     with torch.no_grad():
-        data, success, _ = play(base, world, [world.post_task] * n, rng, env, env.state, layouts)
+        data, success, _ = play(base, world, [world.post_task] * n, rng, env, env.state)
     return data, success, env
 
 

@@ -4,7 +4,7 @@ Bottom-up:
 
   1. Decoder           f_hyp: a code z becomes a linear controller U, applied as e + U e (Eq. 11, 18); U is never built
   2. image_of          what controllers are trained to steer: the episode, or another view of it
-     control loss      controllers driven by the true subgoal (C.3), the ceiling of everything after
+     control loss      controllers driven by the true subgoal (C.3), with which internal RL is compared
   3. Metacontroller    D.2: history h, sequence embedding s, encoder, switch beta, temporal integration
   4. discovery loss    Eq. 9 (Eq. 3 of the main text), and what is measured about the gate
 
@@ -64,11 +64,12 @@ def image_of(batch, G, symmetric, splice):
 
     symmetric: each image is turned or reflected its own way. A code that says "up" or "into that corner" becomes worthless, one that
         says "to colour 2" is as good as before. Without it the codes name directions: code identity stays at 0.
-    splice: the share of images whose first steps are replaced by the last steps of another episode, as many as a random number. What the base
-        knows from the past is then of no help, or wrong, and has to be overruled by the code. Without it a code need only say which of the
-        transitions shown in pretraining is meant, and fails where RL needs one that was never shown.
-    batch: a dict of tensors obs (B, T+1, K), action and mask (B, T). Returns a dict of obs (B, T, K), action, mask, row, step (B, T): step t
-    of image b is step step[b, t] of episode row[b, t].
+    splice: the share of episodes drawn to have their first steps, a random number of them, replaced by the last steps of another episode. What
+        the base knows from the past is then of no help, or wrong, and the code has to overrule it. Without it a code need only say which
+        of the transitions shown in pretraining is meant, and fails where RL needs one that was never shown. Across a cut any subgoal follows
+        any other, also those; late steps of an episode are steered more often than early ones.
+    batch: a dict of tensors obs (B, T+1, K), action and mask (B, T). Returns a dict of obs (B, T, K), action, row, step (B, T): step t of image b
+    is step step[b, t] of episode row[b, t]. An image is as long as its episode.
     """
     if not (symmetric or splice):
         return None
@@ -82,7 +83,7 @@ def image_of(batch, G, symmetric, splice):
     before = t < start  # (B, T)
     row, step = torch.where(before, other, rows), torch.where(before, length[other] - start + t, t)
     g = torch.randint(len(cells) if symmetric else 1, (B, 1), device=device)[row, 0]  # (B, T); symmetry 0 is the identity
-    return {"obs": cells[g[..., None], obs[row, step]], "action": actions[g, action[row, step]], "mask": batch["mask"], "row": row, "step": step}
+    return {"obs": cells[g[..., None], obs[row, step]], "action": actions[g, action[row, step]], "row": row, "step": step}
 
 
 def control_loss(base, decoder, obs, action, subgoal, mask):
@@ -210,11 +211,11 @@ def discovery_loss(base, meta, obs, action, mask, noise, alpha, image=None):
     e = base.lower(obs)  # (B, T+1, D); no gradient is recorded here, as the base is frozen (it is not in the co-training rival)
     z, beta, mu, logvar = meta(base.reading(e), mask.sum(1) + 1, noise)
     if image is None:
-        e, steering, steered = e[:, :-1], z, mask  # nothing is decided at the last observation: (B, T, D)
+        e, steering = e[:, :-1], z  # nothing is decided at the last observation: (B, T, D)
     else:
-        e, action, steered = base.lower(image["obs"]), image["action"], image["mask"]
+        e, action = base.lower(image["obs"]), image["action"]
         steering = z[image["row"], image["step"]]  # (B, T, n_z)
-    nll = (action_nll(base.action_logits(meta.decoder(e, steering)), action) * steered).sum() / steered.sum()
+    nll = (action_nll(base.action_logits(meta.decoder(e, steering)), action) * mask).sum() / mask.sum()
     kl = kl_to_prior(mu, logvar)  # (B, T)
     if meta.gate == "gumbel":
         kl = kl * beta

@@ -4,7 +4,7 @@ Bottom-up:
 
   1. small parts     variance-scaled linear layers, the look-up embedding
   2. attention       causal multi-head attention with a learned relative position bias (D.1.2)
-  3. Hawk            the RG-LRU recurrence and its block (D.1.1): the mixer of the ant's base, of the internal RL policy, of f_emb
+  3. Hawk            the RG-LRU recurrence and its block (D.1.1): the mixer of the internal RL policy, of f_emb and, with mixer="hawk", of a base
   4. Block           pre-norm mixer + MLP, each added to the residual stream
   5. SequenceModel   embed -> blocks -> heads; `lower(obs)` ends and `upper(e)` begins at the controlled layer l
 

@@ -1,7 +1,7 @@
 """Train everything: `python train.py --stage rl` runs the whole path of the paper, from nothing.
 
     pretrain -> base.pt      stage 1 (C.1.2): predict experts' actions; reported against the exact Bayes bound
-    control  -> control.pt   C.3: controllers of the TRUE subgoals, the ceiling of everything after
+    control  -> control.pt   C.3: controllers of the TRUE subgoals, what all that follows is compared with
     discover -> meta.pt      stage 2 (C.4): the metacontroller finds codes and switches in the frozen base
     rl       -> policy.pt    stage 3 (C.5): internal RL on the codes; and raw.pt, the rival on raw actions (C.5.3)
     eval                     success of all of them on the post-training task, side by side
@@ -198,6 +198,12 @@ class Run:
     dtype: torch.dtype = torch.float32
     compiler: str = "off"
     names: tuple = ()  # the checkpoints that this invocation reads or writes
+    extend: bool = True  # may a finished RL go on, if more updates are asked for?
+
+
+def suffix(run):
+    """The rivals keep their own files beside the metacontroller's."""
+    return "-cotrain" if run.cfg.joint else "-forced" if run.cfg.gate == "forced" else ""
 
 
 def fingerprint(run, name):
@@ -253,7 +259,7 @@ def resume(run, name, model, optimizer, parent=None):
     except (RuntimeError, ValueError) as error:
         raise Refused(f"{path} does not fit the model of this version of the code ({type(error).__name__}): delete it, or start again "
                       f"with --fresh") from None
-    if saved["done"] and not (name.startswith(("policy", "raw")) and saved["step"] < run.cfg.rl_updates):
+    if saved["done"] and not (run.extend and name.startswith(("policy", "raw")) and saved["step"] < run.cfg.rl_updates):
         print(f"{name}: finished earlier ({saved['seconds'] / 60:.1f} min), reused")
     else:  # interrupted; or RL, whose updates do not depend on how many there will be, asked for more of them
         saved["done"] = False
@@ -279,6 +285,7 @@ class Saver:
         self.begun = time.time() - seconds
         self.last = time.time()
         run.folder.mkdir(parents=True, exist_ok=True)
+        (run.folder / f"eval{suffix(run)}.json").unlink(missing_ok=True)  # it speaks of weights that are about to change
 
     def seconds(self):
         return time.time() - self.begun
@@ -488,7 +495,7 @@ def pretrain(run):
 
 
 def control(run):
-    """C.3: one controller per true subgoal. Its success is the ceiling of internal RL."""
+    """C.3: one controller per true subgoal. Internal RL, which is told nothing, is compared with its success."""
     cfg, world = run.cfg, world_of(run.cfg)
     base = pretrain(run)
     seed_everything(cfg.seed, "init", 1)
@@ -502,7 +509,7 @@ def control(run):
         for step, batch in batches(run, "control", cfg.control_batch, 0., first, cfg.control_steps):
             obs, action, subgoal, mask = batch["obs"][:, :-1], batch["action"], batch["subgoal"], batch["mask"]
             if (image := image_of(batch, cfg.G, cfg.symmetric, cfg.splice)) is not None:
-                obs, action, subgoal, mask = image["obs"], image["action"], subgoal[image["row"], image["step"]], image["mask"]
+                obs, action, subgoal = image["obs"], image["action"], subgoal[image["row"], image["step"]]
             with autocast(run):
                 loss = control_loss(base, decoder, obs, action, subgoal, mask)
             optimise("control", step, loss, decoder, optimizer, cfg.control_lr * schedule(cfg, step, cfg.control_steps))
@@ -521,11 +528,6 @@ def control(run):
             saver.step(step + 1, done)
         bar.close()
     return decoder.requires_grad_(False).eval()
-
-
-def suffix(run):
-    """The rivals keep their own files beside the metacontroller's."""
-    return "-cotrain" if run.cfg.joint else "-forced" if run.cfg.gate == "forced" else ""
 
 
 def discover(run):
@@ -634,13 +636,14 @@ def raw(run):
 
 
 def evaluate(run):
-    """Success of everything that has been trained, on the same fresh episodes of the post-training task; written to eval.json."""
+    """Success of everything whose training has ended, on the same fresh episodes of the post-training task; written to eval.json."""
+    run = dataclasses.replace(run, extend=False)
     world, n, kind = world_of(run.cfg), run.cfg.eval_episodes, suffix(run)
     rows = {}  # key -> (text, success)
     fresh_rng = lambda: seed_everything(EVAL_SEED, "eval", 3)
     alone = lambda model, rng: play(model, world, [world.post_task] * n, rng)[1]
     coded = lambda base, meta, policy=None: internal_episodes(base, meta, world, fresh_rng(), n, policy)[1]
-    if not kind:
+    if not kind and finished(run, "base"):
         base, rng = pretrain(run), fresh_rng()
         # Blind success is rare: 20 times as many episodes.
         rows["blind_success"] = "blind sampling from the base model", [alone(base, rng) for _ in range(20)]
@@ -653,6 +656,8 @@ def evaluate(run):
         rows["rl_success"] = title, coded(*rl(run))
     if not kind and finished(run, "raw"):
         rows["raw_success"] = "raw-action RL", alone(raw(run), fresh_rng())
+    if not rows:
+        raise Refused(f"nothing in {run.folder} has been trained to its end: there is nothing to evaluate")
     rates = {key: float(np.mean(success)) for key, (_, success) in rows.items()}
     print(f"\nsuccess on the post-training task {'-'.join(map(str, world.post_task))}, {n} episodes ({20 * n} blind), sampled actions")
     for key, (text, _) in rows.items():
@@ -674,7 +679,7 @@ def boolean(text):
 
 
 def parse(argv):
-    """Command line -> (Run, stage, rival). Exits with code 2 on anything unknown."""
+    """Command line -> (Run, stage, rival, names of the checkpoints to delete first). Exits with code 2 on anything unknown."""
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--stage", choices=STAGES, default="rl")
     parser.add_argument("--preset", choices=PRESETS, default="grid-small")
@@ -687,29 +692,31 @@ def parse(argv):
                             help=field.metadata["help"])
     args = vars(parser.parse_args(argv))
     chosen = {field.name: args[field.name] for field in dataclasses.fields(Config) if args[field.name] is not None}
-    cfg = dataclasses.replace(PRESETS[args["preset"]], **chosen)
-    if args["rival"] == "forced":
-        cfg.gate = "forced"
-    cfg.joint |= args["rival"] == "cotrain"
+    cfg, stage, rival = dataclasses.replace(PRESETS[args["preset"]], **chosen), args["stage"], args["rival"]
+    if cfg.gate == "forced" or cfg.joint:
+        raise Refused("--gate forced and --joint True are what --rival forced and --rival cotrain do: use these")
+    cfg.gate, cfg.joint = "forced" if rival == "forced" else cfg.gate, rival == "cotrain"
     check(cfg)
-    if args["rival"] == "raw" and args["stage"] != "rl":
-        raise Refused("--rival raw is a kind of RL: it goes with --stage rl")
-    run = Run(cfg, args["preset"], Path(args["out"]) / args["preset"] / f"seed{cfg.seed}")
-    if args["fresh"] and args["stage"] == "eval":
+    if rival == "raw" and stage not in ("rl", "eval") or rival != "none" and stage in ("pretrain", "control"):
+        raise Refused(f"--rival {rival} has no --stage {stage} of its own")
+    if args["fresh"] and stage == "eval":
         raise Refused("--fresh does not go with --stage eval, which trains nothing")
-    of_rival = {"raw": ("base", "raw"), "forced": ("base", "meta", "policy"), "cotrain": ("meta", "policy")}
-    run.names = tuple(name + (suffix(run) if name in ("meta", "policy") else "") for name in NEEDS[args["stage"]]
-                      if name in of_rival.get(args["rival"], NEEDS["rl"]))
-    return run, args["stage"], args["rival"], args["fresh"]
+    run = Run(cfg, args["preset"], Path(args["out"]) / args["preset"] / f"seed{cfg.seed}")
+    # A rival has files of its own. Only these are deleted by --fresh: the base, which it may share, is the whole path's.
+    own = {"none": NEEDS["rl"], "raw": ("raw",), "forced": ("meta", "policy"), "cotrain": ("meta", "policy")}[rival]
+    reads = {"forced": ("base", *own), "cotrain": own}.get(rival, NEEDS["rl"])
+    named = lambda kept: tuple(name + (suffix(run) if name in ("meta", "policy") else "") for name in NEEDS[stage] if name in kept)
+    run.names = named(reads)
+    return run, stage, rival, named(own) if args["fresh"] else ()
 
 
 def main(argv=None):
     try:
-        run, stage, rival, fresh = parse(argv)
+        run, stage, rival, stale = parse(argv)
+        for name in stale:
+            for kind in ("pt", "jsonl"):
+                (run.folder / f"{name}.{kind}").unlink(missing_ok=True)
         for name in run.names:
-            if fresh:
-                for kind in ("pt", "jsonl"):
-                    (run.folder / f"{name}.{kind}").unlink(missing_ok=True)
             read_checkpoint(run, name)  # refuse bad files now, not after an hour of training
         print(f"{run.preset}, seed {run.cfg.seed}: " + " ".join(f"{k}={v}" for k, v in dataclasses.asdict(run.cfg).items()))
         choose_device(run)

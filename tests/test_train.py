@@ -134,6 +134,8 @@ WRONG = {
     "rival of another stage": (["--rival", "raw", "--stage", "discover"], "rival"),
     "neither true nor false": (["--relative", "maybe"], "maybe"),
     "splice above one": (["--splice", "1.5"], "splice"),
+    "a rival has no such stage": (["--rival", "forced", "--stage", "pretrain"], "rival"),
+    "a rival by the back door": (["--gate", "forced"], "--rival forced"),
     "nothing to train afresh": (["--stage", "eval", "--fresh"], "fresh"),
     "eps of one": (["--eps", "1.0"], "eps"),
     "no such device": (["--device", "tpu"], "device"),
@@ -271,8 +273,9 @@ def test_rivals_have_files_of_their_own(finished, tmp_path):
     together, base = weights(tmp_path / "runs", "meta-cotrain"), weights(finished[0], "base")
     assert all(not torch.equal(together[f"base.{name}"], value) for name, value in base.items())  # its own base, not the frozen one
     run = train.parse([*TINY, "--rival", "cotrain", "--out", str(tmp_path / "runs")])[0]
-    assert run.names == ("meta-cotrain", "policy-cotrain")  # what --fresh deletes: nothing of the metacontroller's own path
-    assert train.parse([*TINY, "--rival", "forced"])[0].names == ("base", "meta-forced", "policy-forced")
+    assert train.parse([*TINY, "--rival", "cotrain", "--fresh"])[3] == run.names == ("meta-cotrain", "policy-cotrain")
+    forced = train.parse([*TINY, "--rival", "forced", "--fresh"])
+    assert forced[0].names == ("base", "meta-forced", "policy-forced") and forced[3] == ("meta-forced", "policy-forced")  # the base stays
     train.seed_everything(0, "init", 2)
     train.new_metacontroller(run)
     start = train.new_base(run).state_dict()
@@ -298,3 +301,28 @@ def test_batches_waste_little_on_padding_and_leave_nothing_out():
     data = train.generate(train.world_of(cfg), train.seed_everything(0, "base", 0), train.CHUNK * 32)
     assert sum(int(mask.sum()) for mask in masks) == data.length.sum()
     assert os.path.exists("unused") is False
+
+
+def test_evaluation_and_figures_train_nothing(finished, tmp_path, capsys):
+    """RL that was given fewer updates than the preset asks for is finished all the same."""
+    import figures
+    out = tmp_path / "runs"
+    copied(finished, tmp_path)
+    few = ["--rl_updates", "3"]
+    for name in ("policy", "raw"):
+        (out / "smoke" / "seed0" / f"{name}.pt").unlink()
+    assert train.main([*TINY, *few, "--out", str(out)]) == 0
+    before = {name: weights(out, name) for name in NAMES}
+    assert train.main([*TINY, "--stage", "eval", "--out", str(out)]) == 0  # TINY asks for 12 updates
+    assert figures.main(["--preset", "smoke", "--out", str(out), "--to", str(tmp_path / "pictures")]) == 0
+    assert all(same(before[name], weights(out, name)) for name in NAMES)
+    assert torch.load(out / "smoke" / "seed0" / "policy.pt", weights_only=True)["step"] == 3
+    capsys.readouterr()
+    assert "nothing" in refused(["--preset", "smoke", "--stage", "eval", "--out", str(tmp_path / "empty")], capsys)
+    assert not (tmp_path / "empty").exists()
+
+
+def test_an_old_evaluation_does_not_outlive_the_weights_it_speaks_of(finished, tmp_path):
+    folder = copied(finished, tmp_path)
+    assert train.main([*TINY, "--stage", "discover", "--fresh", "--out", str(tmp_path / "runs")]) == 0
+    assert not (folder / "eval.json").exists()
