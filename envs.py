@@ -71,17 +71,21 @@ def parse_colours(text):
 class World:
     """The rules of one gridworld-pinpad (A.1). Raises ValueError, in one sentence, if no such world can exist.
 
-    G: side of the grid; O: colours; W: walls; T: horizon in steps; task_set: a key of TASK_SETS.
+    G: side of the grid; O: colours; W: walls; T: horizon in steps; task_set: a key of TASK_SETS; post: another post-training task than
+    the task set's own, written as there.
     """
     G: int = 7
     O: int = 8
     W: int = 4
     T: int = 100
     task_set: str = "pairs"
+    post: str = ""
 
     def __post_init__(self):
         if self.task_set not in TASK_SETS:
             raise ValueError(f"unknown task set '{self.task_set}': choose one of {', '.join(TASK_SETS)}")
+        if self.post and not all(colour.isdecimal() for colour in self.post.split("-")):
+            raise ValueError(f"the post-training task is written as colours in order, such as 0-1-2, not '{self.post}'")
         if min(self.G, self.O, self.T) < 1 or self.W < 0:
             raise ValueError(f"impossible world: G={self.G}, O={self.O} and T={self.T} must be positive, W={self.W} not negative")
         if self.O + self.W + 1 > self.cells:
@@ -92,6 +96,9 @@ class World:
             raise ValueError(f"impossible world: task set '{self.task_set}' needs {needed} colours, O={self.O}")
         if self.T < len(self.post_task):
             raise ValueError(f"impossible world: the post-training task visits {len(self.post_task)} colours, the horizon is T={self.T} steps")
+        if any(a == b for a, b in zip(self.post_task, self.post_task[1:])):
+            raise ValueError(f"the post-training task {self.post} visits a colour twice in a row, which needs two entries into its cell")
+        self.subgoal_of(self.post_task)  # raises, if it is not made of subgoals
 
     @property
     def cells(self):
@@ -113,7 +120,7 @@ class World:
 
     @property
     def post_task(self):
-        return parse_colours(TASK_SETS[self.task_set][2])
+        return parse_colours(self.post or TASK_SETS[self.task_set][2])
 
     def subgoal_of(self, task):
         """Cut a task into subgoals: for each of its colours, (index of the subgoal, number of subgoals before it).

@@ -101,7 +101,8 @@ class Config:
     meta_lr: float = option(1e-3, "meta", "learning rate")
     meta_wd: float = option(0.03, "meta", "weight decay")
 
-    # Stage 3: Table A13. The paper scans the learning rate over 3e-6 .. 3e-4 (C.5.5)
+    # Stage 3: Table A13. Base, controllers and metacontroller do not depend on the task. The paper scans the learning rate over 3e-6 .. 3e-4 (C.5.5)
+    post_task: str = option("", "rl", "task of RL, such as 0-1-2-3; empty: the task set's own")
     policy_width: int = option(256, "policy", "width of the policy's Hawk layer")
     std_lr: float = option(3e-5, "policy", "learning rate of the policy's standard deviation")
     rl_batch: int = option(1024, "rl", "episodes per update")
@@ -136,7 +137,7 @@ PRESETS = {
                          control_steps=2000, control_batch=128, control_lr=3e-3,
                          symmetric=True, splice=1., decoder_hidden=64, meta_steps=2500, meta_batch=128, meta_lr=1.5e-3, alpha=.1,
                          alpha_start=700, alpha_ramp=1000,
-                         rl_updates=150, rl_batch=512, rl_lr=1e-3, std_lr=1e-2, raw_lr=3e-4, rl_epochs=2, evaluations=10),
+                         post_task="0-1-2-3-0", rl_updates=200, rl_batch=512, rl_lr=1e-3, std_lr=1e-2, raw_lr=3e-4, rl_epochs=2, evaluations=10),
     # The paper's gridworld, sizes and rates: A.1, Tables A4, A7, A9, A13, A16. What remains different is marked NOT in paper.
     "grid-paper": Config(),
 }
@@ -409,7 +410,7 @@ def evaluation_data(run, eps, n=1024):
 # ------------------------------------------------------------------------------------------------ 5. stages
 
 def world_of(cfg):
-    return World(cfg.G, cfg.O, cfg.W, cfg.T, cfg.task_set)
+    return World(cfg.G, cfg.O, cfg.W, cfg.T, cfg.task_set, cfg.post_task)
 
 
 def new_base(run):

@@ -309,3 +309,17 @@ def test_symmetries_are_the_eight_of_the_square_and_commute_with_moving(G):
     for to, act in zip(cells, actions):
         assert sorted(to) == list(range(G * G)) and sorted(act) == [0, 1, 2, 3]
         assert (to[move] == move[to][:, act]).all()  # move, then turn the world = turn the world, then move as turned
+
+
+def test_the_post_training_task_can_be_another_one():
+    world = World(G=5, O=4, W=0, T=50, task_set="singles", post="0-1-2-3-0")
+    assert world.post_task == (0, 1, 2, 3, 0) and world.tasks == World(G=5, O=4, W=0, T=50, task_set="singles").tasks
+    env = gym.make("GridPinpad-v0", G=5, O=4, W=0, T=50, task_set="singles", post="0-1-2-3-0")
+    assert env.reset(seed=0)[1]["task"] == (0, 1, 2, 3, 0)
+    shown = {pair for task in world.tasks for pair in zip(task, task[1:])}
+    assert not shown & set(zip(world.post_task, world.post_task[1:]))  # what `grid-small` asks for was never demonstrated: no leg of it
+    for wrong in ("0-x", "0--1", "0-0-1", "0-9"):
+        with pytest.raises(ValueError):
+            World(G=5, O=4, W=0, T=50, task_set="singles", post=wrong)
+    with pytest.raises(ValueError, match="subgoals"):
+        World(G=5, O=5, W=0, T=50, task_set="errands", post="0-1")

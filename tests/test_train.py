@@ -137,6 +137,9 @@ WRONG = {
     "a rival has no such stage": (["--rival", "forced", "--stage", "pretrain"], "rival"),
     "a rival by the back door": (["--gate", "forced"], "--rival forced"),
     "nothing to train afresh": (["--stage", "eval", "--fresh"], "fresh"),
+    "a task that is not colours": (["--post_task", "0-red"], "0-red"),
+    "a task of other colours": (["--post_task", "0-7"], "colours"),
+    "a colour twice in a row": (["--post_task", "0-0"], "twice"),
     "eps of one": (["--eps", "1.0"], "eps"),
     "no such device": (["--device", "tpu"], "device"),
 }
