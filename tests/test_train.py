@@ -105,7 +105,9 @@ def test_killed_at_any_moment_it_ends_with_the_same_weights(finished, tmp_path, 
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path):
-    process = subprocess.Popen(command(tmp_path, "--stage", "pretrain", "--base_steps", "100000"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A shell that runs the tests in the background makes them ignore Ctrl-C, and children inherit that: back to the default first.
+    process = subprocess.Popen(command(tmp_path, "--stage", "pretrain", "--base_steps", "100000"), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     while not (tmp_path / "smoke" / "seed0").exists():
         time.sleep(.01)
     time.sleep(.5)
