@@ -101,7 +101,8 @@ class Config:
     meta_lr: float = option(1e-3, "meta", "learning rate")
     meta_wd: float = option(0.03, "meta", "weight decay")
 
-    # Stage 3: Table A13. Base, controllers and metacontroller do not depend on the task. The paper scans the learning rate over 3e-6 .. 3e-4 (C.5.5)
+    # Stage 3: Table A13. The paper scans the learning rate over 3e-6 .. 3e-4 (C.5.5). post_task stands here, not in "world", because
+    # base, controllers and metacontroller do not depend on it: their checkpoints serve every task.
     post_task: str = option("", "rl", "task of RL, such as 0-1-2-3; empty: the task set's own")
     policy_width: int = option(256, "policy", "width of the policy's Hawk layer")
     std_lr: float = option(3e-5, "policy", "learning rate of the policy's standard deviation")
@@ -508,11 +509,11 @@ def control(run):
         saver = Saver(run, "control", decoder, optimizer, seconds, base)
         bar = tqdm(total=cfg.control_steps, initial=first, desc="control", unit="step", mininterval=1)
         for step, batch in batches(run, "control", cfg.control_batch, 0., first, cfg.control_steps):
-            obs, action, subgoal, mask = batch["obs"][:, :-1], batch["action"], batch["subgoal"], batch["mask"]
+            obs, action, subgoal = batch["obs"][:, :-1], batch["action"], batch["subgoal"]
             if (image := image_of(batch, cfg.G, cfg.symmetric, cfg.splice)) is not None:
                 obs, action, subgoal = image["obs"], image["action"], subgoal[image["row"], image["step"]]
             with autocast(run):
-                loss = control_loss(base, decoder, obs, action, subgoal, mask)
+                loss = control_loss(base, decoder, obs, action, subgoal, batch["mask"])
             optimise("control", step, loss, decoder, optimizer, cfg.control_lr * schedule(cfg, step, cfg.control_steps))
             bar.update()
             done = step + 1 == cfg.control_steps
@@ -687,7 +688,8 @@ def parse(argv):
     parser.add_argument("--rival", choices=RIVALS, default="none", help="raw: raw-action RL alone; forced: beta = 1 from stage 2 on; "
                         "cotrain: base and metacontroller trained together")
     parser.add_argument("--out", default="runs", help="folder for checkpoints and logs")
-    parser.add_argument("--fresh", action="store_true", help="first delete the checkpoints of the stage and of its inputs")
+    parser.add_argument("--fresh", action="store_true", help="first delete the checkpoints of the stage and of its inputs; "
+                        "with --rival, only the rival's own")
     for field in dataclasses.fields(Config):
         parser.add_argument(f"--{field.name}", type=boolean if field.type is bool else field.type, metavar=field.type.__name__,
                             help=field.metadata["help"])
