@@ -1,15 +1,16 @@
-"""The worlds: gridworld-pinpad, its experts, and the exact bounds that every loss is compared with.
+"""The worlds: gridworld-pinpad and ant-pinpad, their experts, and the exact bounds that every loss on the grid is compared with.
 
-Read this file first. It needs NumPy and gymnasium only. Bottom-up:
+Read this file first. It needs NumPy, gymnasium and MuJoCo only. Bottom-up:
 
   1. task sets      Table A1, Table A2 and our smaller "errands", written as in the paper; `World` holds one world's rules
   2. the rules      sample_layouts, next_cell: A.1.1 as small tables; the symmetries of the square
   3. GridWorlds     N worlds stepped at once, the ONE implementation of the rules
-  4. GridPinpad     the same as a gymnasium environment (a batch of one), with rendering
-  5. the expert     shortest paths by dynamic programming, the stochastic expert of C.1.1, labelled trajectories
-  6. exact bounds   Bayes-optimal and goal-known action NLL: what no sequence model can beat, and what a controller can reach
+  4. AntWorlds      the same rules under the feet of N MuJoCo ants
+  5. GridPinpad, AntPinpad   both as gymnasium environments (batches of one), with rendering
+  6. the expert     shortest paths by dynamic programming, the stochastic expert of C.1.1, labelled trajectories
+  7. exact bounds   Bayes-optimal and goal-known action NLL: what no sequence model can beat, and what a controller can reach
 
-Paper sections: A.1 (world), Tables A1-A2 (tasks), C.1.1 (experts), C.4.4 (clean experts for the metacontroller).
+Paper sections: A.1, A.2 (worlds), Tables A1-A2 (tasks), C.1.1 (experts), C.4.4 (clean experts for the metacontroller).
 
 Glossary (name -> meaning -> shape; N worlds, T steps, C = G*G cells, O colours, W walls, K = O+W+1 things)
   things    cell of every colour, then of every wall          (N, O+W)   constant during an episode
@@ -21,11 +22,18 @@ Glossary (name -> meaning -> shape; N worlds, T steps, C = G*G cells, O colours,
   progress  how many colours of the task are visited          (N,) or (N, T)
   subgoal   index into World.subgoals, the abstract action in progress   (N, T)
   segment   how many subgoals of the task are finished        (N, T)
-Cells are numbered row by row: cell = row * G + column. Actions: 0 up, 1 right, 2 down, 3 left.
+Cells are numbered row by row: cell = row * G + column. Actions on the grid: 0 up, 1 right, 2 down, 3 left.
 """
+import functools
+import os
+import sys
 from dataclasses import dataclass
 
+if sys.platform == "linux" and "DISPLAY" not in os.environ:
+    os.environ.setdefault("MUJOCO_GL", "egl")  # draw without a display; MuJoCo reads this when it is imported
 import gymnasium as gym
+import mujoco
+import mujoco.batch
 import numpy as np
 
 ACTIONS = ("up", "right", "down", "left")
@@ -69,10 +77,10 @@ def parse_colours(text):
 
 @dataclass(frozen=True)
 class World:
-    """The rules of one gridworld-pinpad (A.1). Raises ValueError, in one sentence, if no such world can exist.
+    """The rules of one pinpad (A.1, A.2). Raises ValueError, in one sentence, if no such world can exist.
 
     G: side of the grid; O: colours; W: walls; T: horizon in steps; task_set: a key of TASK_SETS; post: another post-training task than
-    the task set's own, written as there.
+    the task set's own, written as there; body: "point" moves from cell to cell (A.1), "ant" is a MuJoCo body that walks over them (A.2).
     """
     G: int = 7
     O: int = 8
@@ -80,12 +88,15 @@ class World:
     T: int = 100
     task_set: str = "pairs"
     post: str = ""
+    body: str = "point"
 
     def __post_init__(self):
         if self.task_set not in TASK_SETS:
             raise ValueError(f"unknown task set '{self.task_set}': choose one of {', '.join(TASK_SETS)}")
         if self.post and not all(colour.isdecimal() for colour in self.post.split("-")):
             raise ValueError(f"the post-training task is written as colours in order, such as 0-1-2, not '{self.post}'")
+        if self.body not in ("point", "ant"):
+            raise ValueError(f"unknown body '{self.body}': choose point or ant")
         if min(self.G, self.O, self.T) < 1 or self.W < 0:
             raise ValueError(f"impossible world: G={self.G}, O={self.O} and T={self.T} must be positive, W={self.W} not negative")
         if self.O + self.W + 1 > self.cells:
@@ -108,6 +119,11 @@ class World:
     def things(self):
         """Colours, walls and the agent: the number K of ones in an observation."""
         return self.O + self.W + 1
+
+    @property
+    def ant_obs(self):
+        """Length of the ant's observation (see AntPinpad)."""
+        return 31 + 2 * (self.O + self.W)
 
     @property
     def subgoals(self):
@@ -248,23 +264,173 @@ class GridWorlds:
     def step(self, action):
         """action (N,) in 0..3. Returns reward (N,) float32, terminated (N,) and truncated (N,) bool."""
         cell = next_cell(self.world, self.contents, self.agent[:, None])[self.rows, 0, action]
-        cell = np.where(self.done, self.agent, cell)
+        return self._enter(np.where(self.done, self.agent, cell))
+
+    def _enter(self, cell, lost=False):
+        """What follows from where the agent is after its step: cell (N,), unchanged in finished worlds; lost (N,): the episode fails."""
         content = self.contents[self.rows, cell]
         # A colour is visited when it is entered from a different cell: bumping while standing on it is not a visit.
         visited = (cell != self.agent) & (content >= 0)
-        right = visited & (content == self.target())
+        right = visited & (content == self.target()) & ~np.asarray(lost)
         self.agent = cell
         self.progress += right
         self.steps += ~self.done
         success = right & (self.progress == self.length)
-        terminated = success | (visited & ~right)
+        terminated = success | (visited & ~right) | lost
         truncated = ~terminated & ~self.done & (self.steps >= self.world.T)
         self.success |= success
         self.done |= terminated | truncated
         return success.astype(np.float32), terminated, truncated
 
 
-# ------------------------------------------------------------------------------------------------ 4. gymnasium view
+# ------------------------------------------------------------------------------------------------ 4. the ant (A.2)
+# Physics: gymnasium's Ant-v5 body, its time step and its 5 physics steps per action, but MuJoCo's integrator implicitfast instead of RK4:
+# one evaluation of the forces per physics step instead of four, 3.6 times the steps per second (shared findings). The two bodies walk alike,
+# and not bit for bit alike: an expert belongs to the integrator that it was trained with.
+
+CELL = 2.  # metres. NOT in paper, which does not give the size: an ant is 1.1 m wide and must be able to turn inside a cell
+FRAME_SKIP, PHYSICS_STEP = 5, .01  # one action lasts 0.05 s
+HEIGHT = (.2, 1.)  # A.2, metres: with its torso outside this range an ant's episode fails. (Lying on its back, its torso is at 0.25.)
+
+
+@functools.cache
+def ant_model(tiles=()):
+    """The classic MuJoCo ant on a plane, as a compiled model: joints in the order hip 1, ankle 1, .. hip 4, ankle 4.
+
+    tiles: (x, y, half width, half height, rgba) of each box drawn on the floor; they can be seen and not be touched.
+    """
+    spec = mujoco.MjSpec()
+    spec.option.timestep, spec.option.integrator = PHYSICS_STEP, mujoco.mjtIntegrator.mjINT_IMPLICITFAST
+    spec.compiler.degree = True
+    geom, joint = spec.default.geom, spec.default.joint
+    geom.conaffinity, geom.condim, geom.density, geom.friction, geom.margin, geom.rgba = 0, 3, 5., [1, .5, .5], .01, [.55, .4, .3, 1]
+    joint.armature, joint.damping = 1., [1, 0, 0]  # damping: the linear, quadratic and cubic terms
+    spec.worldbody.add_light(pos=[0, 0, 10], dir=[0, 0, -1], type=mujoco.mjtLightType.mjLIGHT_DIRECTIONAL)
+    # The floor answers to contacts (conaffinity 1), the ant's parts do not answer to each other.
+    spec.worldbody.add_geom(type=mujoco.mjtGeom.mjGEOM_PLANE, size=[40, 40, 40], conaffinity=1, rgba=[.85, .85, .85, 1])
+    for x, y, half_height, rgba in tiles:
+        spec.worldbody.add_geom(type=mujoco.mjtGeom.mjGEOM_BOX, pos=[x, y, half_height], size=[.48 * CELL, .48 * CELL, half_height],
+                                contype=0, rgba=rgba)
+    torso = spec.worldbody.add_body(name="torso", pos=[0, 0, .75])
+    torso.add_geom(type=mujoco.mjtGeom.mjGEOM_SPHERE, size=[.25, 0, 0])
+    torso.add_joint(type=mujoco.mjtJoint.mjJNT_FREE, armature=0, damping=[0, 0, 0], margin=.01)
+    capsule = lambda body, x, y: body.add_geom(type=mujoco.mjtGeom.mjGEOM_CAPSULE, fromto=[0, 0, 0, x, y, 0], size=[.08, 0, 0])
+    # Four legs: front left, front right, back left, back right, as in the classic file, with its signs of axes and ranges.
+    for k, (x, y, axis, ankle) in enumerate(((1, 1, (-1, 1, 0), (30, 70)), (-1, 1, (1, 1, 0), (-70, -30)),
+                                             (-1, -1, (-1, 1, 0), (-70, -30)), (1, -1, (1, 1, 0), (30, 70))), start=1):
+        shoulder = torso.add_body()
+        capsule(shoulder, .2 * x, .2 * y)
+        leg = shoulder.add_body(pos=[.2 * x, .2 * y, 0])
+        leg.add_joint(name=f"hip_{k}", axis=[0, 0, 1], range=[-30, 30], limited=True)
+        capsule(leg, .2 * x, .2 * y)
+        foot = leg.add_body(pos=[.2 * x, .2 * y, 0])
+        foot.add_joint(name=f"ankle_{k}", axis=axis, range=ankle, limited=True)
+        capsule(foot, .4 * x, .4 * y)
+    for k in (4, 1, 2, 3):  # the classic order of the motors
+        for name in (f"hip_{k}", f"ankle_{k}"):
+            spec.add_actuator(target=name, trntype=mujoco.mjtTrn.mjTRN_JOINT, gear=[150, 0, 0, 0, 0, 0], ctrlrange=[-1, 1], ctrllimited=True)
+    return spec.compile()
+
+
+class Ants:
+    """The physics of N ants on an endless plane, stepped together on native threads (0: all cores).
+
+    qpos (N, 15): x, y, z, orientation as a quaternion, 8 joint angles; qvel (N, 14): velocity and angular velocity of the torso, 8 joint
+    velocities. Both are live views: metres, radians, seconds.
+    """
+
+    def __init__(self, n, threads=0):
+        self.sim = mujoco.batch.Batch(ant_model(), n, threads)
+        self.qpos, self.qvel, self.ctrl = (self.sim.bind(name) for name in ("qpos", "qvel", "ctrl"))
+
+    def place(self, rng, rows, xy):
+        """Put ants `rows` at xy (m, 2), any yaw; joint angles and velocities within 0.1 of zero (A.2)."""
+        self.sim.reset(rows, stage=mujoco.mjtStage.mjSTAGE_NONE.value)
+        yaw = rng.uniform(-np.pi, np.pi, len(rows))
+        self.qpos[rows, :2] = xy
+        self.qpos[rows, 3], self.qpos[rows, 6] = np.cos(yaw / 2), np.sin(yaw / 2)
+        self.qpos[rows, 7:] = rng.uniform(-.1, .1, (len(rows), 8))
+        self.qvel[rows, 6:] = rng.uniform(-.1, .1, (len(rows), 8))
+
+    def step(self, rows, action):
+        """One action (m, 8), torques as shares of their largest, for ants `rows`."""
+        self.ctrl[rows] = np.clip(action, -1, 1)
+        self.sim.step(rows, FRAME_SKIP)
+
+    def felt(self, heading):
+        """What a walker needs to walk along `heading` (N, 2), a unit vector: (N, 29) float32, all seen from its own torso.
+
+        Height (1), up (3), velocity (3), angular velocity (3), heading (3), joint angles (8) and their velocities (8): nothing here depends on
+        where the ant is or which way it faces.
+        """
+        w, x, y, z = self.qpos[:, 3:7].T
+        R = np.stack([1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y), 2 * (x * y + w * z), 1 - 2 * (x * x + z * z),
+                      2 * (y * z - w * x), 2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)], axis=1).reshape(-1, 3, 3)
+        own = lambda v: np.einsum("nij,ni->nj", R, v)  # R^T v: (N, 3) in the world -> (N, 3) in the torso's frame
+        flat = np.concatenate([heading, np.zeros((len(heading), 1))], axis=1)
+        return np.concatenate([self.qpos[:, 2:3], R[:, 2], symlog(own(self.qvel[:, :3])), symlog(self.qvel[:, 3:6]), own(flat),
+                               self.qpos[:, 7:], symlog(self.qvel[:, 6:])], axis=1).astype(np.float32)
+
+    def fallen(self):
+        """(N,) bool: the torso has left its range of heights (A.2)."""
+        return (self.qpos[:, 2] < HEIGHT[0]) | (self.qpos[:, 2] > HEIGHT[1])
+
+
+def symlog(x):
+    return np.sign(x) * np.log1p(np.abs(x))
+
+
+def cell_centres(G):
+    """(C, 2) metres: x to the right, y up, the board's centre at 0."""
+    row, column = np.divmod(np.arange(G * G), G)
+    return np.stack([column - (G - 1) / 2, (G - 1) / 2 - row], axis=1) * CELL
+
+
+class AntWorlds(GridWorlds):
+    """N ant-pinpads (A.2): the same rules, with the cell under the ant's centre as its place on the grid.
+
+    Four things differ. Walls have no substance: an episode in which the ant's centre enters one fails. It fails if the ant falls. NOT in
+    paper, which is silent: it fails if the centre leaves the board, which has no rim. And obs() is a vector of floats (see AntPinpad).
+    """
+
+    def __init__(self, world, tasks, things, agent, rng, threads=0):
+        super().__init__(world, tasks, things, agent)
+        self.centres, self.half = cell_centres(world.G), world.G * CELL / 2
+        self.ants = Ants(len(agent), threads)
+        inside = rng.uniform(-.5, .5, (len(agent), 2)) * CELL
+        self.ants.place(rng, self.rows, self.centres[agent] + inside)
+
+    def position(self):
+        """(N, 2) metres."""
+        return self.ants.qpos[:, :2]
+
+    def obs(self):
+        """(N, 31 + 2 (O + W)) float32."""
+        xy = self.position()
+        relative = self.centres[self.things] - xy[:, None]  # (N, O+W, 2)
+        return np.concatenate([symlog(self.ants.qpos[:, 2:]), symlog(self.ants.qvel), xy / self.half, relative.reshape(len(xy), -1) / self.half,
+                               (xy - self.centres[self.agent]) / (CELL / 2)], axis=1).astype(np.float32)
+
+    def step(self, action):
+        """action (N, 8) in [-1, 1]; those of finished worlds are ignored. Returns as GridWorlds.step."""
+        alive = np.flatnonzero(~self.done)
+        self.ants.step(alive, action[alive])
+        x, y = self.position().T
+        off = ~((np.abs(x) < self.half) & (np.abs(y) < self.half))
+        row, column = ((np.where(off, 0, v) + self.half) // CELL for v in (-y, x))
+        cell = np.where(self.done | off, self.agent, (row * self.world.G + column).astype(np.int64))
+        in_wall = self.contents[self.rows, cell] == self.world.O
+        return self._enter(cell, ~self.done & (off | in_wall | self.ants.fallen()))
+
+
+def start(world, tasks, things, agent, rng, threads=0):
+    """N worlds at the start of an episode each: GridWorlds, or AntWorlds with poses drawn from rng. Layouts as from `sample_layouts`."""
+    if world.body == "ant":
+        return AntWorlds(world, tasks, things, agent, rng, threads)
+    return GridWorlds(world, tasks, things, agent)
+
+
+# ------------------------------------------------------------------------------------------------ 5. gymnasium views
 
 PALETTE = np.array([[230, 60, 60], [60, 120, 230], [60, 180, 90], [245, 190, 50], [150, 80, 200],
                     [70, 200, 210], [240, 130, 40], [235, 120, 180], [120, 90, 60], [130, 160, 40]], np.uint8)
@@ -286,20 +452,13 @@ def draw_grid(world, obs, cell_px=32):
     return picture
 
 
-class GridPinpad(gym.Env):
-    """gridworld-pinpad (A.1) for gymnasium: `gym.make("GridPinpad-v0")`, any World field as a keyword.
+class Pinpad(gym.Env):
+    """What both gymnasium views share: a batch of one world. Any World field may be given as a keyword.
 
-    Observation: MultiBinary(C * (O+W+1)), exactly O+W+1 ones (paper: 637 numbers, 13 ones).
-      | index                          | meaning                                        |
-      |--------------------------------|------------------------------------------------|
-      | cell * (O+W) + k, k < O        | colour k lies in this cell                     |
-      | cell * (O+W) + O + w           | wall w stands in this cell                     |
-      | C * (O+W) + cell               | the agent is in this cell                      |
-    Action: Discrete(4): up, right, down, left. Reward: 1 when the task is completed, else 0.
-    Terminated: task completed, or a colour visited that is not the next one. Truncated: T steps; the horizon is
-    a parameter of this world, so the environment keeps it itself instead of leaving it to gymnasium's TimeLimit.
-    reset(options={"task": (0, 1, 4, 5)}) sets the task, any sequence of the world's subgoals; without it the post-training task is
-    played. The task is in `info` only: the observation holds nothing about it.
+    Reward: 1 when the task is completed, else 0. Terminated: task completed, a colour visited that is not the next one, or (ant) fallen, in a
+    wall, off the board. Truncated: T steps; the horizon is a parameter of this world, so the environment keeps it itself instead of leaving it to
+    gymnasium's TimeLimit. reset(options={"task": (0, 1, 4, 5)}) sets the task, any sequence of the world's subgoals; without it
+    the post-training task is played. The task is in `info` only: the observation holds nothing about it.
     """
     metadata = {"render_modes": ["ansi", "rgb_array"], "render_fps": 5}
 
@@ -307,25 +466,44 @@ class GridPinpad(gym.Env):
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"unknown render_mode '{render_mode}': choose one of {', '.join(self.metadata['render_modes'])}")
         self.world, self.render_mode = World(**rules), render_mode
-        self.observation_space = gym.spaces.MultiBinary(self.world.cells * self.world.things)
-        self.action_space = gym.spaces.Discrete(4)
 
     def _observe(self):
-        info = {"task": tuple(self.worlds.task[0, :-1].tolist()), "progress": int(self.worlds.progress[0])}
-        return one_hot(self.world, self.worlds.obs())[0], info
+        return self.observation(), {"task": tuple(self.worlds.task[0, :-1].tolist()), "progress": int(self.worlds.progress[0])}
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         task = tuple((options or {}).get("task", self.world.post_task))
-        self.worlds = GridWorlds(self.world, [task], *sample_layouts(self.world, self.np_random, 1))
+        self.worlds = start(self.world, [task], *sample_layouts(self.world, self.np_random, 1), self.np_random, threads=1)
         return self._observe()
 
     def step(self, action):
         if not self.action_space.contains(action):
-            raise ValueError(f"action {action} is not one of 0 to 3 ({', '.join(ACTIONS)})")
+            raise ValueError(f"action {action} is not {self.actions}")
         reward, terminated, truncated = self.worlds.step(np.array([action]))
         obs, info = self._observe()
         return obs, float(reward[0]), bool(terminated[0]), bool(truncated[0]), info
+
+
+class GridPinpad(Pinpad):
+    """gridworld-pinpad (A.1) for gymnasium: `gym.make("GridPinpad-v0")`.
+
+    Observation: MultiBinary(C * (O+W+1)), exactly O+W+1 ones (paper: 637 numbers, 13 ones).
+      | index                          | meaning                                        |
+      |--------------------------------|------------------------------------------------|
+      | cell * (O+W) + k, k < O        | colour k lies in this cell                     |
+      | cell * (O+W) + O + w           | wall w stands in this cell                     |
+      | C * (O+W) + cell               | the agent is in this cell                      |
+    Action: Discrete(4): up, right, down, left.
+    """
+    actions = f"one of 0 to 3 ({', '.join(ACTIONS)})"
+
+    def __init__(self, render_mode=None, **rules):
+        super().__init__(render_mode, **rules)
+        self.observation_space = gym.spaces.MultiBinary(self.world.cells * self.world.things)
+        self.action_space = gym.spaces.Discrete(4)
+
+    def observation(self):
+        return one_hot(self.world, self.worlds.obs())[0]
 
     def render(self):
         obs = self.worlds.obs()[0]
@@ -333,6 +511,60 @@ class GridPinpad(gym.Env):
             return draw_grid(self.world, obs)
         if self.render_mode == "ansi":
             return ascii_grid(self.world, obs)
+
+
+class AntPinpad(Pinpad):
+    """ant-pinpad (A.2) for gymnasium: `gym.make("AntPinpad-v0")`; the paper's world by default (G=4, O=4, W=1, T=500).
+
+    Observation: Box of 31 + 2 (O+W) float32 (paper: 41); positions in the plane of the floor, x to the right, y up.
+      | index                   | meaning                                                        | unit                            |
+      |-------------------------|----------------------------------------------------------------|---------------------------------|
+      | 0                       | height of the torso                                            | symlog of metres                |
+      | 1 to 4                  | orientation of the torso, quaternion w x y z                   | symlog                          |
+      | 5 to 12                 | angles of hip 1, ankle 1, .., hip 4, ankle 4                   | symlog of radians               |
+      | 13 to 15                | velocity of the torso, x y z                                   | symlog of m/s                   |
+      | 16 to 18                | angular velocity of the torso, about its own axes              | symlog of rad/s                 |
+      | 19 to 26                | velocities of the joints, in the order of the angles           | symlog of rad/s                 |
+      | 27, 28                  | x, y of the torso on the board                                 | half the board's width: -1 to 1 |
+      | 29 + 2k, 30 + 2k        | x, y of the cell of colour (then wall) k, seen from the torso  | half the board's width          |
+      | 29 + 2 (O+W), the last  | x, y of the torso in its cell                                  | half a cell: -1 to 1            |
+    Action: Box(-1, 1, (8,)), the torque of each motor as a share of its largest (150 Nm), held for 0.05 s.
+      | index | 0     | 1       | 2     | 3       | 4     | 5       | 6     | 7       |
+      |-------|-------|---------|-------|---------|-------|---------|-------|---------|
+      | joint | hip 4 | ankle 4 | hip 1 | ankle 1 | hip 2 | ankle 2 | hip 3 | ankle 3 |
+    """
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
+    actions = "8 numbers from -1 to 1, as float32"
+
+    def __init__(self, render_mode=None, **rules):
+        super().__init__(render_mode, **{"G": 4, "O": 4, "W": 1, "T": 500, "task_set": "singles", "body": "ant", **rules})
+        if self.world.body != "ant":
+            raise ValueError("AntPinpad is the world with body='ant'; for body='point' make GridPinpad")
+        self.observation_space = gym.spaces.Box(-10, 10, (self.world.ant_obs,), np.float32)  # symlog(22,000) = 10
+        self.action_space = gym.spaces.Box(-1, 1, (8,), np.float32)
+
+    def observation(self):
+        return self.worlds.obs()[0]
+
+    def render(self):
+        if self.render_mode == "rgb_array":
+            return draw_ant(self.world, self.worlds.things[0], self.worlds.ants.qpos[0])
+
+
+def draw_ant(world, things, qpos, size=256):
+    """An RGB picture (size, size, 3) uint8 of one ant qpos (15,) on its board: coloured floor, walls as boxes. Needs OpenGL (EGL), no display."""
+    rgba = lambda k: (*(PALETTE[k % len(PALETTE)] / 255).tolist(), 1.) if k < world.O else (.25, .25, .25, 1.)
+    tiles = [(*xy, .02, (.93, .93, .93, 1.)) for xy in np.delete(cell_centres(world.G), things, axis=0).tolist()]
+    tiles += [(*xy, .02 if k < world.O else .3, rgba(k)) for k, xy in enumerate(cell_centres(world.G)[things].tolist())]
+    model = ant_model(tuple(tiles))
+    data = mujoco.MjData(model)
+    data.qpos[:] = qpos
+    mujoco.mj_forward(model, data)
+    camera = mujoco.MjvCamera()
+    camera.distance, camera.elevation, camera.azimuth = 1.35 * world.G * CELL, -65, 90
+    with mujoco.Renderer(model, size, size) as renderer:
+        renderer.update_scene(data, camera)
+        return renderer.render()
 
 
 def ascii_grid(world, obs):
@@ -344,9 +576,10 @@ def ascii_grid(world, obs):
 
 
 gym.register("GridPinpad-v0", entry_point=GridPinpad)
+gym.register("AntPinpad-v0", entry_point=AntPinpad)
 
 
-# ------------------------------------------------------------------------------------------------ 5. the expert (C.1.1)
+# ------------------------------------------------------------------------------------------------ 6. the expert (C.1.1)
 
 def distances(world, things):
     """Shortest paths by dynamic programming: dist (N, O, C) int16, steps from every cell to every colour.
@@ -396,7 +629,8 @@ class Trajectories:
 
     things (N, O+W) | agent (N, T+1), the last valid entry is where the episode ended | action (N, T) |
     target (N, T) colour headed for | progress (N, T) colours visited before step t | subgoal (N, T) |
-    segment (N, T) subgoals finished before step t | length (N,). All int64.
+    segment (N, T) subgoals finished before step t | length (N,). All int64. The ant's besides: action is (N, T, 8) float32, and
+    sensed (N, T+1, F) float32 is what it saw.
     """
     things: np.ndarray
     agent: np.ndarray
@@ -406,19 +640,23 @@ class Trajectories:
     subgoal: np.ndarray
     segment: np.ndarray
     length: np.ndarray
+    sensed: np.ndarray | None = None
 
     def __getitem__(self, rows):
         """The chosen episodes, cut to the longest among them."""
         T = self.length[rows].max()
         return Trajectories(self.things[rows], self.agent[rows, :T + 1], self.action[rows, :T], self.target[rows, :T],
-                            self.progress[rows, :T], self.subgoal[rows, :T], self.segment[rows, :T], self.length[rows])
+                            self.progress[rows, :T], self.subgoal[rows, :T], self.segment[rows, :T], self.length[rows],
+                            None if self.sensed is None else self.sensed[rows, :T + 1])
 
     def mask(self):
         """(N, T) bool: which steps exist."""
         return np.arange(self.action.shape[1]) < self.length[:, None]
 
     def obs(self):
-        """(N, T+1, K): the observations in index form; obs[:, t] is seen before action t."""
+        """(N, T+1, K): the observations in index form, or (N, T+1, F), the ant's; obs[:, t] is seen before action t."""
+        if self.sensed is not None:
+            return self.sensed
         N, T1 = self.agent.shape
         things = np.broadcast_to(self.things[:, None], (N, T1, self.things.shape[1]))
         return np.concatenate([things, self.agent[..., None]], axis=-1)
@@ -436,22 +674,26 @@ class Trajectories:
         return new & self.mask()
 
 
-def simulate(world, tasks, things, agent, act):
-    """Play N episodes to their end with `act(worlds, alive) -> actions (len(alive),)`, alive = indices of unfinished worlds.
+def simulate(world, tasks, things, agent, act, rng=None):
+    """Play N episodes to their end with `act(worlds, alive) -> actions (len(alive), ...)`, alive = indices of unfinished worlds.
 
-    Returns all of them as Trajectories, and success (N,).
+    rng: for the poses of ants. Returns all of them as Trajectories, and success (N,).
     """
-    worlds = GridWorlds(world, tasks, things, agent)
-    record = {name: [] for name in ("agent", "action", "target", "progress", "subgoal", "segment")}
+    worlds = start(world, tasks, things, agent, rng)
+    ant = world.body == "ant"
+    record = {name: [] for name in ("agent", "action", "target", "progress", "subgoal", "segment", *["sensed"] * ant)}
     while not worlds.done.all():
         alive = np.flatnonzero(~worlds.done)
-        action = np.zeros(len(agent), np.int64)
+        action = np.zeros((len(agent), 8), np.float32) if ant else np.zeros(len(agent), np.int64)
         action[alive] = act(worlds, alive)
         for name, value in (("agent", worlds.agent), ("action", action), ("target", worlds.target().clip(0)),
-                            ("progress", worlds.progress.copy()), ("subgoal", worlds.subgoal().clip(0)), ("segment", worlds.segment().clip(0))):
+                            ("progress", worlds.progress.copy()), ("subgoal", worlds.subgoal().clip(0)), ("segment", worlds.segment().clip(0)),
+                            *[("sensed", worlds.obs())] * ant):
             record[name].append(value)
         worlds.step(action)
     record["agent"].append(worlds.agent)
+    if ant:
+        record["sensed"].append(worlds.obs())
     columns = {name: np.stack(values, axis=1) for name, values in record.items()}  # each (N, T) or (N, T+1)
     return Trajectories(things=things, length=worlds.steps, **columns), worlds.success
 
@@ -491,15 +733,16 @@ def generate(world, rng, n, eps=0.0):
 def concatenate(parts):
     """Join Trajectories of different lengths, padding with zeros."""
     T = max(part.action.shape[1] for part in parts)
-    pad = lambda x, width: np.pad(x, ((0, 0), (0, width - x.shape[1])))
+    pad = lambda x, width: np.pad(x, ((0, 0), (0, width - x.shape[1]), *[(0, 0)] * (x.ndim - 2)))
     return Trajectories(
         things=np.concatenate([part.things for part in parts]), length=np.concatenate([part.length for part in parts]),
         agent=np.concatenate([pad(part.agent, T + 1) for part in parts]),
+        sensed=None if parts[0].sensed is None else np.concatenate([pad(part.sensed, T + 1) for part in parts]),
         **{name: np.concatenate([pad(getattr(part, name), T) for part in parts])
            for name in ("action", "target", "progress", "subgoal", "segment")})
 
 
-# ------------------------------------------------------------------------------------------------ 6. exact bounds
+# ------------------------------------------------------------------------------------------------ 7. exact bounds
 
 def exact_bounds(world, data, eps=0.0):
     """What is knowable about the next action, in nats: two arrays (N, T), and the posterior over subgoals (N, T, S).

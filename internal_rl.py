@@ -28,7 +28,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from envs import sample_layouts, simulate
-from model import Block, Hawk, linear
+from model import Block, Hawk, action_nll, gaussian_logp, linear, sample_action
 
 BETA_THRESHOLD = 0.5  # Algorithm 1 and C.6
 
@@ -61,7 +61,7 @@ class Player:
 
     def __init__(self, base, n, T, steer=None, state=None):
         self.base, self.steer, self.state = base, steer, state or {}
-        self.device = base.action_head.weight.device
+        self.device = base.norm.weight.device
         self.caches = base.init_cache(n, T, self.device)
         self.reading_caches = base.init_cache(n, T, self.device)[:base.read] if steer is not None and base.read > base.layer else []
         self.rows, self.t = np.arange(n), 0
@@ -79,11 +79,11 @@ class Player:
         if self.steer is not None:
             reading = self.base.reading(e, self.reading_caches, self.t)
             e = self.steer(e[:, 0], reading[:, 0], self.state, worlds, self.rows)[:, None]
-        log_p = self.base.action_logits(e, self.caches, self.t)[:, 0].log_softmax(-1)  # (n, A)
-        action = torch.multinomial(log_p.exp(), 1)  # (n, 1)
-        self.logp[self.rows, self.t] = log_p.gather(1, action)[:, 0]
+        logits = self.base.action_logits(e, self.caches, self.t)  # (n, 1, A), or (n, 1, 2 A)
+        action = sample_action(logits[:, 0], self.base.continuous)  # (n,), or (n, A)
+        self.logp[self.rows, self.t] = -action_nll(logits, action[:, None])[:, 0]
         self.t += 1
-        return action[:, 0].cpu().numpy()[np.searchsorted(self.rows, alive)]
+        return action.cpu().numpy()[np.searchsorted(self.rows, alive)]
 
 
 # ------------------------------------------------------------------------------------------------ 2. rules for steering
@@ -148,11 +148,6 @@ class InternalEnvironment:
 
 
 # ------------------------------------------------------------------------------------------------ 3. policy (D.3)
-
-def gaussian_logp(z, mu, log_std):
-    """ln N(z; mu, diag std^2), summed over dimensions: (..., n_z) -> (...)."""
-    return (-.5 * ((z - mu) / log_std.exp()) ** 2 - log_std - .5 * math.log(2 * math.pi)).sum(-1)
-
 
 class Policy(nn.Module):
     """pi(z | e_1:t): one Hawk layer of width 256 (Table A13) over the residual streams at which the gate opened.
@@ -237,7 +232,7 @@ def play(base, world, tasks, rng, steer=None, state=None, layouts=None):
     """Play one episode per entry of `tasks` with the base model. Returns Trajectories, success (N,) bool, the Player."""
     things, agent = layouts or sample_layouts(world, rng, len(tasks))
     player = Player(base, len(tasks), world.T, steer, state)
-    return *simulate(world, tasks, things, agent, player), player
+    return *simulate(world, tasks, things, agent, player, rng), player
 
 
 def internal_episodes(base, meta, world, rng, n, policy=None):
@@ -245,7 +240,7 @@ def internal_episodes(base, meta, world, rng, n, policy=None):
 
     Returns Trajectories, success (n,) bool, the InternalEnvironment.
     """
-    device = base.action_head.weight.device
+    device = base.norm.weight.device
     ask = prior_sampler(meta.n_z) if policy is None else policy.sampler()
     env = InternalEnvironment(meta, ask, {} if policy is None else policy.init_memory(n), n, world.T, device)
     with torch.no_grad():
@@ -285,10 +280,7 @@ def raw_rl_step(base, optimizer, world, rng, n, epochs, clip):
     obs, action = torch.from_numpy(data.obs()[:, :-1]).to(device), torch.from_numpy(data.action).to(device)
     mask, reward = torch.from_numpy(data.mask()).to(device), torch.from_numpy(success).float().to(device)
 
-    def logp_of():
-        log_p = base.action_logits(base.lower(obs)).log_softmax(-1)  # (N, T, A)
-        return log_p.gather(-1, action[..., None])[..., 0]
-
+    logp_of = lambda: -action_nll(base.action_logits(base.lower(obs)), action)  # (N, T)
     loss = update(list(base.parameters()), optimizer, logp_of, player.logp[:, :action.shape[1]], reward, mask, clip, epochs)
     return {"success": success.mean().item(), "loss": loss, "raw_steps": int(data.length.sum())}
 
@@ -309,7 +301,7 @@ def code_identity(base, decoder, world, rng, codes=256, layouts=64, n_z=8):
     name places, the outcome depends on the layout and the information is near 0. Plug-in estimates from few samples are too high
     by about (filled cells - rows - columns + 1) / 2N (Miller-Madow), which is subtracted.
     """
-    device = base.action_head.weight.device
+    device = base.norm.weight.device
     starts = {subgoal[0]: i for i, subgoal in enumerate(world.subgoals)}
     places = sample_layouts(world, rng, layouts)
     # Any wrong colour ends an episode, so a one-colour task is over at the first colour visited, right or wrong.

@@ -42,6 +42,26 @@ def mlp(width, hidden, outputs=None, scale=0.1):
     return nn.Sequential(linear(width, hidden, scale), nn.ReLU(), linear(hidden, outputs or width, scale))
 
 
+def gaussian_logp(x, mean, log_std):
+    """ln N(x; mean, diag std^2), summed over dimensions: each (..., n) -> (...)."""
+    return (-.5 * ((x - mean) / log_std.exp()) ** 2 - log_std - .5 * math.log(2 * math.pi)).sum(-1)
+
+
+class GaussianHead(nn.Module):
+    """A Gaussian with learned diagonal covariance (C.1.2), for the continuous actions and observations of a body.
+
+    x (..., D) -> (..., 2 n): mean, then log std, which is one learned vector, the same at every step.
+    """
+
+    def __init__(self, width, n):
+        super().__init__()
+        self.mean, self.log_std = linear(width, n), nn.Parameter(torch.zeros(n))
+
+    def forward(self, x):
+        mean = self.mean(x)
+        return torch.cat([mean, self.log_std.to(mean.dtype).expand_as(mean)], dim=-1)
+
+
 class ObsEmbedding(nn.Module):
     """One-hot observation (A.1.1) times a matrix, as a look-up and a sum: K rows instead of C * K columns.
 
@@ -246,21 +266,23 @@ MIXERS = {"attention": Attention, "hawk": Hawk}
 class SequenceModel(nn.Module):
     """f_theta of the paper. `layer` is l: blocks 1..l are `lower`, blocks l+1..L are `upper`; l = 0 controls the embedding.
 
-    cells, things: sizes of the observation (C, K). actions: A. The observation head exists only if lam > 0.
+    cells, things: sizes of the observation (C, K). sensors: 0, or the length F of a body's observation, which is then a vector of floats, embedded
+    by a linear layer, and the action a vector of `actions` floats. actions: A. The observation head exists only if lam > 0.
     read >= layer: where the metacontroller and the policy read; NOT in paper, where they read the layer that they write (the default).
     """
 
     def __init__(self, cells, things, width, layers, heads, hidden, buckets, layer, lam=0., mixer="attention", actions=4,
-                 relative=False, read=None):
+                 relative=False, read=None, sensors=0):
         super().__init__()
-        self.cells, self.things, self.layer, self.lam = cells, things, layer, lam
+        self.cells, self.things, self.layer, self.lam, self.continuous = cells, things, layer, lam, sensors > 0
         self.read = layer if read is None else read
-        self.embed = ObsEmbedding(cells, things, width, relative)
+        self.embed = linear(sensors, width, 1.) if sensors else ObsEmbedding(cells, things, width, relative)
         self.bias = RelativeBias(buckets, heads) if mixer == "attention" else None
         self.blocks = nn.ModuleList(Block(MIXERS[mixer](width, heads), width, hidden) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
-        self.action_head = linear(width, actions)
-        self.obs_head = linear(width, things * cells) if lam > 0 else None
+        head, seen = (GaussianHead, sensors) if sensors else (linear, things * cells)
+        self.action_head = head(width, actions)
+        self.obs_head = head(width, seen) if lam > 0 else None
 
     def _run(self, blocks, x, caches, t):
         # The bias of a whole sequence, or its row t for one cached step.
@@ -275,7 +297,7 @@ class SequenceModel(nn.Module):
         return x
 
     def lower(self, obs, caches=None, t=None):
-        """o_1:T -> e_1:T,l. obs (B, T, K) int64 -> (B, T, D). With caches (from `init_cache`): step t alone, T = 1."""
+        """o_1:T -> e_1:T,l. obs (B, T, K) int64, or (B, T, F) float of a body -> (B, T, D). With caches (from `init_cache`): step t alone, T = 1."""
         return self._run(self.blocks[:self.layer], self.embed(obs), None if caches is None else caches[:self.layer], t)
 
     def reading(self, e, caches=None, t=None):
@@ -288,33 +310,46 @@ class SequenceModel(nn.Module):
         return self.norm(self._run(self.blocks[self.layer:], e, None if caches is None else caches[self.layer:], t))
 
     def action_logits(self, e, caches=None, t=None):
-        """e (B, T, D) -> logits (B, T, A) of p(a_t | o_1:t)."""
+        """e (B, T, D) -> what describes p(a_t | o_1:t): logits (B, T, A), or mean and log std of a continuous action (B, T, 2 A)."""
         return self.action_head(self.upper(e, caches, t))
 
     def init_cache(self, B, T, device):
         """One dict per block, for B sequences of at most T steps."""
-        like = self.action_head.weight.new_zeros(1)
+        like = torch.zeros(1, dtype=self.norm.weight.dtype, device=device)
         return [block.mixer.init_cache(B, T, like) for block in self.blocks]
 
 
 def obs_nll(logits, next_obs, cells):
-    """-ln p(o_t+1 | o_1:t), nats. NOT in paper: "categorical" is read as one categorical over cells per thing, summed.
+    """-ln p(o_t+1 | o_1:t), nats: a Gaussian for a body's sensors; for the grid, NOT in paper, "categorical" is read as one categorical over cells
+    per thing, summed.
 
-    logits (B, T, K * C), next_obs (B, T, K) -> (B, T)."""
+    logits (B, T, K * C), next_obs (B, T, K) -> (B, T); for a body (B, T, 2 F), (B, T, F)."""
+    if next_obs.is_floating_point():
+        return -gaussian_logp(next_obs, *logits.float().chunk(2, dim=-1))
     B, T, K = next_obs.shape
     log_p = logits.view(B, T, K, cells).log_softmax(-1)  # (B, T, K, C)
     return -log_p.gather(-1, next_obs[..., None])[..., 0].sum(-1)
 
 
 def action_nll(logits, action):
-    """-ln p(a_t), nats: logits (B, T, A), action (B, T) -> (B, T)."""
+    """-ln p(a_t), nats: logits as from `SequenceModel.action_logits`, action (B, T) int64, or (B, T, A) float for a body -> (B, T)."""
+    if action.is_floating_point():
+        return -gaussian_logp(action, *logits.float().chunk(2, dim=-1))
     return F.cross_entropy(logits.transpose(1, 2), action, reduction="none")  # wants (B, A, T)
+
+
+def sample_action(logits, continuous):
+    """a ~ p(a_t | o_1:t): logits (n, A), or (n, 2 A) of a continuous action -> (n,) int64 or (n, A) float."""
+    if not continuous:
+        return torch.multinomial(logits.softmax(-1), 1)[:, 0]
+    mean, log_std = logits.chunk(2, dim=-1)
+    return mean + log_std.exp() * torch.randn_like(mean)
 
 
 def pretraining_loss(model, obs, action, mask):
     """Eq. 5, averaged over the steps that exist: -ln p(a_t) - lam ln p(o_t+1).
 
-    obs (B, T+1, K), action (B, T), mask (B, T). Returns (loss, action NLL), scalars in nats per step.
+    obs (B, T+1, K or F), action (B, T) or (B, T, A), mask (B, T). Returns (loss, action NLL), scalars in nats per step.
     """
     x = model.upper(model.lower(obs[:, :-1]))
     nll = (action_nll(model.action_head(x), action) * mask).sum() / mask.sum()

@@ -1,0 +1,166 @@
+"""The ant: its body, its rules, its observation."""
+import warnings
+
+from envs import CELL, HEIGHT, AntWorlds, Ants, World, ant_model, cell_centres, sample_layouts, simulate  # before mujoco: sets MUJOCO_GL
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+
+WORLD = World(G=4, O=4, W=1, T=500, task_set="singles", body="ant")
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+def worlds(n=1, task=(0, 1, 2, 3), seed=0):
+    return AntWorlds(WORLD, [task] * n, *sample_layouts(WORLD, rng(seed), n), rng(seed), threads=1)
+
+
+def carry(w, xy):
+    """Put the ant upright at xy and let one action of no torque pass, which moves it by millimetres."""
+    w.ants.place(rng(), w.rows, np.tile(xy, (len(w.rows), 1)))
+    w.ants.qpos[:, 2] = .6
+    return w.step(np.zeros((len(w.rows), 8)))
+
+
+def test_gymnasium_finds_no_fault():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_env(gym.make("AntPinpad-v0").unwrapped, skip_render_check=True)
+    assert gym.make("AntPinpad-v0").observation_space.shape == (41,)
+    with pytest.raises(ValueError, match="body"):
+        gym.make("AntPinpad-v0", body="point")
+
+
+def test_the_body_is_the_classic_one():
+    """Every number of gymnasium's Ant-v5 file but the integrator. (Cameras, textures and lights are of no consequence.)"""
+    ours, theirs = ant_model(), mujoco.MjModel.from_xml_path(gym.__path__[0] + "/envs/mujoco/assets/ant.xml")
+    for field in ("body_mass", "body_inertia", "body_pos", "body_parentid", "jnt_type", "jnt_range", "jnt_axis", "jnt_limited", "jnt_margin",
+                  "dof_armature", "dof_damping", "geom_type", "geom_size", "geom_pos", "geom_friction", "geom_margin", "geom_condim",
+                  "geom_contype", "geom_conaffinity", "actuator_gear", "actuator_trnid", "actuator_ctrlrange", "actuator_ctrllimited", "qpos0"):
+        assert np.array_equal(getattr(ours, field), getattr(theirs, field)), field
+    assert ours.opt.timestep == theirs.opt.timestep
+
+
+def test_n_ants_are_n_single_ants():
+    """Bit for bit, with any number of threads, and while some of them have ended."""
+    things, agent = sample_layouts(WORLD, rng(), 6)
+    tasks = [WORLD.tasks[i] for i in range(6)]
+    together = AntWorlds(WORLD, tasks, things, agent, rng(1), threads=2)
+    alone = []
+    for i in range(6):
+        w = AntWorlds(WORLD, tasks[i:i + 1], things[i:i + 1], agent[i:i + 1], rng(2), threads=1)
+        w.ants.sim.state[:] = together.ants.sim.state[i:i + 1]
+        alone.append(w)
+    actions = rng(3).uniform(-1, 1, (60, 6, 8))
+    for action in actions:
+        result = together.step(action)
+        for i, w in enumerate(alone):
+            assert [x[i] for x in result] == [x[0] for x in w.step(action[i:i + 1])]
+            assert np.array_equal(together.obs()[i], w.obs()[0])
+    assert len(set(together.steps.tolist())) > 1  # some went on after others had ended
+
+
+def test_colours_count_when_they_are_entered_in_order():
+    w = worlds()
+    centre = cell_centres(4)[w.things[0]]
+    empty = cell_centres(4)[np.setdiff1d(np.arange(16), w.things[0])]
+    assert [x[0] for x in carry(w, empty[0])] == [0, False, False]
+    for k in range(3):
+        assert [x[0] for x in carry(w, centre[k])] == [0, False, False] and w.progress == k + 1
+        assert [x[0] for x in carry(w, centre[k] + .3 * CELL)] == [0, False, False] and w.progress == k + 1  # still inside: no new visit
+        assert [x[0] for x in carry(w, empty[0])] == [0, False, False]
+    assert [x[0] for x in carry(w, centre[3])] == [1, True, False] and w.success
+    before = w.obs()
+    assert [x[0] for x in w.step(np.ones((1, 8)))] == [0, False, False] and np.array_equal(before, w.obs())  # over is over
+
+
+@pytest.mark.parametrize("where", ["wrong colour", "wall", "off the board", "jumped"])
+def test_endings(where):
+    w = worlds()
+    centre = cell_centres(4)[w.things[0]]
+    if where == "jumped":
+        w.ants.qpos[:, 2] = 1.5
+        result = w.step(np.zeros((1, 8)))
+    else:
+        result = carry(w, {"wrong colour": centre[1], "wall": centre[4], "off the board": [2 * CELL + .01, 0]}[where])
+    assert [x[0] for x in result] == [0, True, False] and not w.success
+
+
+def test_the_range_of_heights():
+    ants = Ants(4, threads=1)
+    ants.qpos[:, 2] = HEIGHT[0] - .01, HEIGHT[0], HEIGHT[1], HEIGHT[1] + .01
+    assert ants.fallen().tolist() == [True, False, False, True]
+
+
+def test_the_horizon():
+    w = AntWorlds(World(G=4, O=4, W=0, T=8, task_set="singles", body="ant"), [(0, 1)], np.array([[0, 1, 2, 3]]), np.array([10]), rng())
+    ends = [w.step(np.zeros((1, 8)))[1:] for _ in range(8)]
+    assert not any(a or b for a, b in ends[:7]) and not ends[7][0] and ends[7][1]
+
+
+def test_the_observation_is_what_the_table_says():
+    w = worlds(3)
+    for _ in range(5):
+        w.step(rng().uniform(-1, 1, (3, 8)))
+    obs, unlog = w.obs(), lambda x: np.sign(x) * np.expm1(np.abs(x))
+    xy = obs[:, 27:29] * 2 * CELL  # half of four cells
+    assert np.allclose(xy, w.ants.qpos[:, :2], atol=1e-5)
+    assert np.allclose(unlog(obs[:, 0]), w.ants.qpos[:, 2], atol=1e-5) and np.allclose(unlog(obs[:, 13:16]), w.ants.qvel[:, :3], atol=1e-4)
+    for k in range(5):
+        assert np.allclose(xy + obs[:, 29 + 2 * k:31 + 2 * k] * 2 * CELL, cell_centres(4)[w.things[:, k]], atol=1e-5)
+    assert np.allclose(cell_centres(4)[w.agent] + obs[:, 39:41] * CELL / 2, xy, atol=1e-5)
+    other = AntWorlds(WORLD, [(3, 0)] * 3, w.things, w.agent, rng())  # another task
+    other.ants.sim.state[:], other.agent = w.ants.sim.state, w.agent
+    assert np.array_equal(other.obs(), obs)
+
+
+def test_poses_at_the_start():
+    w = worlds(400)
+    inside = (w.ants.qpos[:, :2] - cell_centres(4)[w.agent]) / CELL
+    assert np.abs(inside).max() <= .5 and inside.std() > .25
+    yaw = 2 * np.arctan2(w.ants.qpos[:, 6], w.ants.qpos[:, 3])
+    assert np.histogram(yaw, 4, (-2 * np.pi, 2 * np.pi))[0].min() >= 0 and np.abs(np.exp(1j * yaw).mean()) < .15
+    assert np.abs(w.ants.qpos[:, 7:]).max() <= .1 and np.abs(w.ants.qvel[:, 6:]).max() <= .1 and (w.ants.qvel[:, :6] == 0).all()
+
+
+def test_what_a_walker_feels_does_not_depend_on_place_and_direction():
+    ants = Ants(2, threads=1)
+    ants.place(rng(), np.arange(2), np.zeros((2, 2)))
+    for _ in range(10):
+        ants.step(np.arange(2), rng().uniform(-1, 1, (2, 8)))
+    turn, angle = np.array([[0., -1.], [1., 0.]]), np.pi / 2
+    qpos, qvel = ants.qpos[0].copy(), ants.qvel[0].copy()
+    w, x, y, z = qpos[3:7]
+    c, s = np.cos(angle / 2), np.sin(angle / 2)
+    ants.qpos[1] = [*(turn @ qpos[:2] + 5), qpos[2], c * w - s * z, c * x - s * y, c * y + s * x, c * z + s * w, *qpos[7:]]
+    ants.qvel[1] = [*(turn @ qvel[:2]), *qvel[2:]]
+    heading = np.array([.6, .8])
+    felt = ants.felt(np.stack([heading, turn @ heading]))
+    assert np.allclose(felt[0], felt[1], atol=1e-5) and felt.shape == (2, 29)
+    assert np.abs(ants.felt(np.stack([heading, heading]))[0] - ants.felt(np.stack([heading, heading]))[1]).max() > .1
+
+
+def test_an_episode_of_ants_is_recorded():
+    n = 4
+    data, success = simulate(WORLD, [WORLD.post_task] * n, *sample_layouts(WORLD, rng(), n),
+                             lambda worlds, alive: rng(int(worlds.steps.max())).uniform(-1, 1, (len(alive), 8)), rng())
+    T = data.length.max()
+    assert data.obs().shape == (n, T + 1, 41) and data.action.shape == (n, T, 8) and not success.any()
+    assert np.allclose(data.obs()[:, 0, 39:], (data.obs()[:, 0, 27:29] * 2 * CELL - cell_centres(4)[data.agent[:, 0]]) / (CELL / 2), atol=1e-5)
+    part = data[np.array([1])]
+    assert part.obs().shape[1] == data.length[1] + 1
+
+
+def test_the_picture_shows_the_ant_on_its_board():
+    env = gym.make("AntPinpad-v0", render_mode="rgb_array").unwrapped
+    env.reset(seed=0)
+    picture = env.render()
+    assert picture.shape == (256, 256, 3) and picture.dtype == np.uint8
+    red = (picture[..., 0] > 200) & (picture[..., 1] < 90)
+    blue = (picture[..., 2] > 200) & (picture[..., 0] < 90)
+    assert red.sum() > 500 and blue.sum() > 500 and (picture.max(-1) < 60).sum() > 200  # two colours and the wall
