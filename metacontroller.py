@@ -59,31 +59,42 @@ class Decoder(nn.Module):
 
 # ------------------------------------------------------------------------------------------------ 2. what is steered; true subgoals (C.3)
 
-def image_of(batch, G, symmetric, splice):
-    """Another view of a batch's episodes, for the controllers to steer; None if no such help is asked for. NOT in paper; two helps (README):
+def image_of(batch, world, symmetric, splice, shuffle):
+    """Another view of a batch's episodes, for the controllers to steer; None if no such help is asked for. NOT in paper; three helps (README):
 
     symmetric: each image is turned or reflected its own way. A code that says "up" or "into that corner" becomes worthless, one that
         says "to colour 2" is as good as before. Without it the codes name directions: code identity stays at 0.
-    splice: the share of episodes drawn to have their first steps, a random number of them, replaced by the last steps of another episode. What
-        the base knows from the past is then of no help, or wrong, and the code has to overrule it. Without it a code need only say which
-        of the transitions shown in pretraining is meant, and fails where RL needs one that was never shown. Across a cut any subgoal follows
-        any other, also those; late steps of an episode are steered more often than early ones.
+    splice, shuffle: in these shares of the images the past, up to a random step, is made useless or wrong, so that the code has to overrule what the
+        base knows from it. Without, a code need only say which of the transitions shown in pretraining is meant, and fails where RL needs one
+        that was never shown.
+        splice: the past is the end of another episode. Its steps are steered, too, by that episode's codes. Codes form fast.
+        shuffle: the past is the episode's own, its colours exchanged at random. Nothing betrays the exchange but the colours themselves, so it is the
+        stricter teacher; but its steps cannot be steered, as no code tells of exchanged colours. An image drawn for both is shuffled.
+    In both any colour follows any other, also where pretraining never shows it.
+
     batch: a dict of tensors obs (B, T+1, K), action and mask (B, T). Returns a dict of obs (B, T, K), action, row, step (B, T): step t of image b
-    is step step[b, t] of episode row[b, t]. An image is as long as its episode.
+    is step step[b, t] of episode row[b, t]; and mask (B, T), the steps to be steered. An image is as long as its episode.
     """
-    if not (symmetric or splice):
+    if not (symmetric or splice or shuffle):
         return None
-    obs, action, length = batch["obs"], batch["action"], batch["mask"].sum(1)
-    (B, T), device = action.shape, obs.device
-    cells, actions = (torch.from_numpy(table).to(device) for table in symmetries(G))  # (8, C), (8, 4)
-    t, rows = torch.arange(T, device=device), torch.arange(B, device=device)[:, None]
-    other = torch.randperm(B, device=device)[:, None]  # (B, 1)
-    start = (torch.rand(B, device=device) * length).long() * (torch.rand(B, device=device) < splice)  # (B,) where the episode itself begins
-    start = torch.minimum(start, length[other[:, 0]])[:, None]  # the other has no more steps than that
-    before = t < start  # (B, T)
-    row, step = torch.where(before, other, rows), torch.where(before, length[other] - start + t, t)
+    obs, action, length = batch["obs"], batch["action"], batch["mask"].sum(1, keepdim=True)  # length (B, 1)
+    (B, T), K, device = action.shape, obs.shape[-1], obs.device
+    cells, actions = (torch.from_numpy(table).to(device) for table in symmetries(world.G))  # (8, C), (8, 4)
+    t, rows, draw = torch.arange(T, device=device), torch.arange(B, device=device)[:, None], lambda: torch.rand(B, 1, device=device)
+    shuffled = draw() < shuffle  # (B, 1)
+    spliced = (draw() < splice) & ~shuffled
+    other = torch.randperm(B, device=device)[:, None]
+    cut = (draw() * length).long() * (shuffled | spliced)  # (B, 1) where the past ends
+    cut = torch.where(spliced, torch.minimum(cut, length[other[:, 0]]), cut)  # the other has no more steps than that
+    past = t < cut  # (B, T)
+    row, step = torch.where(past & spliced, other, rows), torch.where(past & spliced, length[other[:, 0]] - cut + t, t)
+    colours = torch.rand(B, world.O, device=device).argsort(1)  # (B, O) a permutation each
+    exchanged = torch.cat([colours, torch.arange(world.O, K, device=device).expand(B, -1)], dim=1)  # (B, K); walls and the agent stay
+    seen = obs[row, step]  # (B, T, K)
+    seen = torch.where((past & shuffled)[..., None], seen.gather(-1, exchanged[:, None].expand(B, T, K)), seen)
     g = torch.randint(len(cells) if symmetric else 1, (B, 1), device=device)[row, 0]  # (B, T); symmetry 0 is the identity
-    return {"obs": cells[g[..., None], obs[row, step]], "action": actions[g, action[row, step]], "row": row, "step": step}
+    return {"obs": cells[g[..., None], seen], "action": actions[g, action[row, step]], "row": row, "step": step,
+            "mask": batch["mask"] & ~(past & shuffled)}
 
 
 def control_loss(base, decoder, obs, action, subgoal, mask):
@@ -203,7 +214,8 @@ def discovery_loss(base, meta, obs, action, mask, noise, alpha, image=None):
 
     obs (B, T+1, K), action, mask (B, T), noise (B, T, n_z), alpha >= 0. Soft gate: the KL counts at every step, not weighted by
     beta (E.1, continuous relaxation). Gumbel gate: it counts where the gate is open. Nothing penalises switching itself.
-    image: None, or another view of the same episodes from `image_of`: the codes are read from the episode and have to steer its image.
+    image: None, or another view of the same episodes from `image_of`: the codes are read from the episode and have to steer its image. The KL
+    counts at every step of the episode, the NLL at the steps of the image that can be steered.
     Returns loss and a dict: nll and kl (nats per step), z, beta.
     """
     # s sees the last observation too, after the last action. NOT in paper, which is silent: without it the last subgoal is the
@@ -211,11 +223,11 @@ def discovery_loss(base, meta, obs, action, mask, noise, alpha, image=None):
     e = base.lower(obs)  # (B, T+1, D); no gradient is recorded here, as the base is frozen (it is not in the co-training rival)
     z, beta, mu, logvar = meta(base.reading(e), mask.sum(1) + 1, noise)
     if image is None:
-        e, steering = e[:, :-1], z  # nothing is decided at the last observation: (B, T, D)
+        e, steering, steered = e[:, :-1], z, mask  # nothing is decided at the last observation: (B, T, D)
     else:
-        e, action = base.lower(image["obs"]), image["action"]
+        e, action, steered = base.lower(image["obs"]), image["action"], image["mask"]
         steering = z[image["row"], image["step"]]  # (B, T, n_z)
-    nll = (action_nll(base.action_logits(meta.decoder(e, steering)), action) * mask).sum() / mask.sum()
+    nll = (action_nll(base.action_logits(meta.decoder(e, steering)), action) * steered).sum() / steered.sum()
     kl = kl_to_prior(mu, logvar)  # (B, T)
     if meta.gate == "gumbel":
         kl = kl * beta

@@ -75,6 +75,7 @@ class Config:
     layer: int = option(3, "split", "l, the controlled layer: 0 (embedding) to L")
     symmetric: bool = option(False, "split", "controllers steer a turned or reflected image of the episode (see metacontroller.image_of)")
     splice: float = option(0., "split", "share of these images that begin with the end of another episode")
+    shuffle: float = option(0., "split", "share of these images whose past has its colours exchanged; in stage 2 it grows as alpha does")
     rank: int = option(16, "control", "rank of the controllers of true subgoals; 0 = full matrix")
 
     # Controllers of true subgoals: Table A7
@@ -127,16 +128,16 @@ class Config:
 PRESETS = {
     # Seconds. Every stage runs; nothing is learned well. The tests use it.
     "smoke": Config(G=3, O=3, W=0, T=12, task_set="tiny", width=32, layers=2, heads=2, hidden=64, relative=True, lam=0.01, layer=0, read=1,
-                    symmetric=True, splice=.5, rank=4, meta_rank=4,
+                    symmetric=True, splice=.5, shuffle=.5, rank=4, meta_rank=4,
                     base_steps=150, base_batch=32, base_lr=3e-3, control_steps=40, control_batch=32, control_lr=1e-2,
                     meta_steps=60, meta_batch=32, meta_lr=3e-3, alpha_ramp=40, n_h=16, n_s=8, encoder_hidden=16, decoder_hidden=16,
                     policy_width=32, rl_updates=10, rl_batch=64, rl_lr=1e-3, std_lr=1e-3, raw_lr=1e-3, eval_episodes=200, evaluations=3,
                     save_seconds=1.),
     # A laptop. The world and every value that differs from the paper are discussed in the README.
     "grid-small": Config(G=5, O=4, W=0, T=50, task_set="singles", width=128, layers=4, heads=4, hidden=256, relative=True, lam=0.,
-                         layer=0, read=2, warmup=100, decay=.5, base_steps=5000, base_batch=64, base_lr=3e-3,
+                         layer=0, read=2, warmup=100, decay=.5, base_steps=12_000, base_batch=64, base_lr=3e-3,
                          control_steps=2000, control_batch=128, control_lr=3e-3,
-                         symmetric=True, splice=1., decoder_hidden=64, meta_steps=2500, meta_batch=128, meta_lr=1.5e-3, alpha=.1,
+                         symmetric=True, splice=1., shuffle=1., decoder_hidden=64, meta_steps=3000, meta_batch=128, meta_lr=1.5e-3, alpha=.1,
                          alpha_start=700, alpha_ramp=1000,
                          post_task="0-1-2-3-0", rl_updates=200, rl_batch=512, rl_lr=1e-3, std_lr=1e-2, raw_lr=3e-4, rl_epochs=2, evaluations=10),
     # The paper's gridworld, sizes and rates: A.1, Tables A4, A7, A9, A13, A16. What remains different is marked NOT in paper.
@@ -166,7 +167,7 @@ def check(cfg):
         generate(world_of(cfg), np.random.default_rng(0), 8, cfg.eps if cfg.eps < 1 else 0.)
     except ValueError as error:
         raise Refused(str(error)) from None
-    may_be_zero = ("W", "layer", "splice", "lam", "eps", "alpha", "alpha_start", "alpha_ramp", "read", "rank", "meta_rank", "warmup", "decay",
+    may_be_zero = ("W", "layer", "splice", "shuffle", "lam", "eps", "alpha", "alpha_start", "alpha_ramp", "read", "rank", "meta_rank", "warmup", "decay",
                    "save_seconds", "seed", "threads", "base_wd", "control_wd", "meta_wd")
     for name, value in dataclasses.asdict(cfg).items():
         if type(value) in (int, float) and not (value > 0 or value == 0 and name in may_be_zero):  # NaN fails both
@@ -179,8 +180,8 @@ def check(cfg):
         raise Refused(f"--layer {cfg.layer} does not exist: the model has layers 0 to {cfg.layers}")
     if cfg.read > cfg.layers:
         raise Refused(f"--read {cfg.read} does not exist: the model has layers 0 to {cfg.layers}")
-    if cfg.eps >= 1 or max(cfg.decay, cfg.splice) > 1:
-        raise Refused(f"--eps {cfg.eps} must be below 1, and --decay {cfg.decay} and --splice {cfg.splice} at most 1")
+    if cfg.eps >= 1 or max(cfg.decay, cfg.splice, cfg.shuffle) > 1:
+        raise Refused(f"--eps {cfg.eps} must be below 1, and --decay {cfg.decay}, --splice {cfg.splice} and --shuffle {cfg.shuffle} at most 1")
     for name, choices in CHOICES.items():
         if getattr(cfg, name) not in choices:
             raise Refused(f"--{name} must be one of {', '.join(choices)}, not '{getattr(cfg, name)}'")
@@ -509,11 +510,11 @@ def control(run):
         saver = Saver(run, "control", decoder, optimizer, seconds, base)
         bar = tqdm(total=cfg.control_steps, initial=first, desc="control", unit="step", mininterval=1)
         for step, batch in batches(run, "control", cfg.control_batch, 0., first, cfg.control_steps):
-            obs, action, subgoal = batch["obs"][:, :-1], batch["action"], batch["subgoal"]
-            if (image := image_of(batch, cfg.G, cfg.symmetric, cfg.splice)) is not None:
-                obs, action, subgoal = image["obs"], image["action"], subgoal[image["row"], image["step"]]
+            obs, action, subgoal, mask = batch["obs"][:, :-1], batch["action"], batch["subgoal"], batch["mask"]
+            if (image := image_of(batch, world, cfg.symmetric, cfg.splice, cfg.shuffle)) is not None:
+                obs, action, subgoal, mask = image["obs"], image["action"], subgoal[image["row"], image["step"]], image["mask"]
             with autocast(run):
-                loss = control_loss(base, decoder, obs, action, subgoal, batch["mask"])
+                loss = control_loss(base, decoder, obs, action, subgoal, mask)
             optimise("control", step, loss, decoder, optimizer, cfg.control_lr * schedule(cfg, step, cfg.control_steps))
             bar.update()
             done = step + 1 == cfg.control_steps
@@ -547,10 +548,12 @@ def discover(run):
         saver = Saver(run, name, learner, optimizer, seconds, parent)
         bar = tqdm(total=cfg.meta_steps, initial=first, desc="discover", unit="step", mininterval=1)
         for step, batch in batches(run, "meta", cfg.meta_batch, 0., first, cfg.meta_steps):
-            # NOT in paper: alpha grows from 0. With alpha in full from the start the code is given up before it carries anything.
-            alpha = cfg.alpha * min(1., max(0, step + 1 - cfg.alpha_start) / max(cfg.alpha_ramp, 1))
+            # NOT in paper: alpha grows from 0. With alpha in full from the start the code is given up before it carries anything. The share of
+            # shuffled images grows with it: codes form on spliced ones, and are then made strict (README).
+            grown = min(1., max(0, step + 1 - cfg.alpha_start) / max(cfg.alpha_ramp, 1))
+            alpha = cfg.alpha * grown
             noise = torch.randn(*batch["action"].shape, cfg.n_z, device=run.device)
-            image = image_of(batch, cfg.G, cfg.symmetric, cfg.splice)
+            image = image_of(batch, world, cfg.symmetric, cfg.splice, cfg.shuffle * grown)
             with autocast(run):
                 loss, _ = discovery_loss(base, meta.train(), batch["obs"], batch["action"], batch["mask"], noise, alpha, image)
             optimise(name, step, loss, learner, optimizer, cfg.meta_lr * schedule(cfg, step, cfg.meta_steps))

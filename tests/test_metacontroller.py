@@ -178,7 +178,7 @@ def test_kl_is_the_sum_over_dimensions_counted_once_and_without_padding():
 def test_codes_are_read_from_the_episodes_and_steer_their_images():
     base, meta, data = frozen_base(), metacontroller(), batch()
     torch.manual_seed(0)
-    image = image_of(data, WORLD.G, symmetric=True, splice=1.)
+    image = image_of(data, WORLD, symmetric=True, splice=.7, shuffle=.5)
     plain, out = loss_of(base, meta, data, alpha=.1)
     loss, steered = discovery_loss(base, meta, data["obs"], data["action"], data["mask"], torch.zeros(*data["action"].shape, 3), .1, image)
     assert torch.equal(out["z"], steered["z"]) and torch.equal(out["beta"], steered["beta"]) and out["kl"] == steered["kl"]  # read: the episodes
@@ -186,14 +186,15 @@ def test_codes_are_read_from_the_episodes_and_steer_their_images():
     for b in range(len(data["obs"])):  # steered: the images, one by one, without padding
         n = int(data["mask"][b].sum())
         z = torch.stack([out["z"][int(row), int(step)] for row, step in zip(image["row"][b, :n], image["step"][b, :n])])
-        nll.append(action_nll(base.action_logits(meta.decoder(base.lower(image["obs"][b, None, :n]), z[None])), image["action"][b, None, :n])[0])
+        each = action_nll(base.action_logits(meta.decoder(base.lower(image["obs"][b, None, :n]), z[None])), image["action"][b, None, :n])[0]
+        nll.append(each[image["mask"][b, :n]])
     assert torch.allclose(steered["nll"], torch.cat(nll).mean(), atol=1e-5) and (steered["nll"] - plain).abs() > 1e-4
 
 
 def test_an_image_is_the_end_of_another_episode_and_then_the_episode_in_turned_worlds():
     data = batch(200)
     torch.manual_seed(0)
-    image = image_of(data, WORLD.G, symmetric=True, splice=.5)
+    image = image_of(data, WORLD, symmetric=True, splice=.5, shuffle=0.)
     table, (cells, actions) = torch.from_numpy(neighbour_table(WORLD.G)), symmetries(WORLD.G)
     length, which, spliced = data["mask"].sum(1), set(), 0
     for b in range(200):
@@ -216,9 +217,30 @@ def test_an_image_is_the_end_of_another_episode_and_then_the_episode_in_turned_w
             assert found and any((actions[g][data["action"][int(row[part][0]), step[part]]] == a.numpy()).all() for g in found)
             which |= found
     assert which == set(range(8)) and 60 < spliced < 110
-    assert image_of(data, WORLD.G, symmetric=False, splice=0.) is None
-    turned = image_of(data, WORLD.G, symmetric=True, splice=0.)  # whole episodes
+    assert image_of(data, WORLD, symmetric=False, splice=0., shuffle=0.) is None
+    turned = image_of(data, WORLD, symmetric=True, splice=0., shuffle=0.)  # whole episodes
     assert (turned["row"] == torch.arange(200)[:, None]).all() and (turned["step"] == torch.arange(turned["step"].shape[1])).all()
+
+
+def test_a_shuffled_past_is_the_episodes_own_in_exchanged_colours_and_is_not_steered():
+    data = batch(200)
+    torch.manual_seed(0)
+    image = image_of(data, WORLD, symmetric=False, splice=1., shuffle=1.)
+    own, length, orders = data["obs"][:, :-1], data["mask"].sum(1), set()
+    assert torch.equal(image["action"], data["action"]) and (image["row"] == torch.arange(200)[:, None]).all()
+    steered = (image["mask"].sum(1) / length)[:, None]
+    assert (steered > 0).all() and .45 < steered.mean() < .6  # cut at a uniformly random step
+    for b in range(200):
+        n, cut = int(length[b]), int(length[b] - image["mask"][b].sum())
+        assert image["mask"][b].tolist() == [cut <= t < n for t in range(own.shape[1])]
+        assert torch.equal(image["obs"][b, cut:n], own[b, cut:n])  # from the cut on nothing is changed
+        if cut:
+            past, true = image["obs"][b, :cut], own[b, :cut]
+            assert torch.equal(past[:, WORLD.O:], true[:, WORLD.O:])  # walls and agent are where they were
+            order = tuple(true[0, :WORLD.O].tolist().index(cell) for cell in past[0, :WORLD.O].tolist())
+            assert torch.equal(past[:, :WORLD.O], true[:, list(order)])  # one exchange for the whole past
+            orders.add(order)
+    assert len(orders) > 60  # of 120
 
 
 def test_the_metacontroller_reads_the_uncontrolled_layer_read_and_writes_the_controlled_one():

@@ -136,6 +136,7 @@ WRONG = {
     "rival of another stage": (["--rival", "raw", "--stage", "discover"], "rival"),
     "neither true nor false": (["--relative", "maybe"], "maybe"),
     "splice above one": (["--splice", "1.5"], "splice"),
+    "shuffle above one": (["--shuffle", "1.5"], "shuffle"),
     "a rival has no such stage": (["--rival", "forced", "--stage", "pretrain"], "rival"),
     "a rival by the back door": (["--gate", "forced"], "--rival forced"),
     "nothing to train afresh": (["--stage", "eval", "--fresh"], "fresh"),
