@@ -698,29 +698,52 @@ def simulate(world, tasks, things, agent, act, rng=None):
     return Trajectories(things=things, length=worlds.steps, **columns), worlds.success
 
 
-def generate(world, rng, n, eps=0.0):
+def grid_expert(world, dist, rng, eps, stuck):
+    """`act` for `simulate`: the stochastic shortest-path expert. stuck (N,) is set where it found no path: it then acts at random."""
+    def act(worlds, alive):
+        probs = expert_probs(world, worlds.contents[alive], dist[alive], worlds.agent[alive, None],
+                             worlds.target()[alive, None, None], eps)[:, 0, 0]  # (alive, 4)
+        lost = probs.sum(1) == 0
+        stuck[alive] |= lost
+        probs[lost] = .25
+        return (rng.random((len(alive), 1)) > probs.cumsum(1)[:, :-1]).sum(1)
+    return act
+
+
+def ant_expert(world, dist, rng, walk, stuck):
+    """`act` for `simulate`: walk to the centre of the next cell on a shortest path; from anywhere in a cell that line stays within the two cells.
+
+    walk(felt (n, 29)) -> torques (n, 8), see `Ants.felt`. Among equally short ways an episode prefers, in each cell, one drawn at its start:
+    an ant that reconsidered at every step would stagger.
+    """
+    taste = rng.random((len(dist), world.cells, 4)) + .1
+
+    def act(worlds, alive):
+        cell = worlds.agent[alive]
+        probs = expert_probs(world, worlds.contents[alive], dist[alive], cell[:, None], worlds.target()[alive, None, None])[:, 0, 0]  # (alive, 4)
+        stuck[alive] |= probs.sum(1) == 0
+        way = ((probs > 0) * taste[alive, cell]).argmax(1)
+        ahead = worlds.centres[neighbour_table(world.G)[cell, way]] - worlds.position()[alive]  # (alive, 2)
+        heading = np.zeros((len(worlds.done), 2))
+        heading[alive] = ahead / np.linalg.norm(ahead, axis=1, keepdims=True).clip(1e-6)
+        return walk(worlds.ants.felt(heading)[alive])
+    return act
+
+
+def generate(world, rng, n, eps=0., walk=None):
     """n successful expert episodes on uniformly drawn pretraining tasks. Failed ones are dropped (C.1.1).
 
+    eps: share of random actions, on the grid; walk: how the ant walks (see `ant_expert`).
     Raises ValueError if fewer than one in a thousand succeeds: such a world has no experts worth the name.
     """
     parts, have, tried = [], 0, 0
     while have < n:
-        m = min(max(256, int((n - have) * 1.1)), 8192)  # in portions, to bound the memory
+        m = min(max(256, int((n - have) * 1.1)), 8192 if walk is None else 1024)  # in portions, to bound the memory
         things, agent = sample_layouts(world, rng, m)
-        dist = distances(world, things)
-
-        def expert(worlds, alive):
-            probs = expert_probs(world, worlds.contents[alive], dist[alive], worlds.agent[alive, None],
-                                 worlds.target()[alive, None, None], eps)[:, 0, 0]  # (alive, 4)
-            # No path: act at random, most likely fail, and be dropped. (A success by luck is dropped below, as it has no expert.)
-            lost = probs.sum(1) == 0
-            stuck[alive] |= lost
-            probs[lost] = .25
-            return (rng.random((len(alive), 1)) > probs.cumsum(1)[:, :-1]).sum(1)
-
-        stuck = np.zeros(m, bool)
-        played, success = simulate(world, [world.tasks[i] for i in rng.integers(len(world.tasks), size=m)], things, agent, expert)
-        keep = np.flatnonzero(success & ~stuck)
+        dist, stuck = distances(world, things), np.zeros(m, bool)
+        expert = grid_expert(world, dist, rng, eps, stuck) if walk is None else ant_expert(world, dist, rng, walk, stuck)
+        played, success = simulate(world, [world.tasks[i] for i in rng.integers(len(world.tasks), size=m)], things, agent, expert, rng)
+        keep = np.flatnonzero(success & ~stuck)  # a success by luck is dropped, too: it has no expert
         tried += m
         if tried >= 10_000 and have + len(keep) < tried / 1000:
             raise ValueError(f"impossible world: the expert finished a task within T={world.T} steps in only {have + len(keep)} of {tried} layouts")

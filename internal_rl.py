@@ -8,8 +8,9 @@ Bottom-up:
   4. update            the critic-free clipped update of C.5.2, one for both kinds of action
   5. episodes          collect a batch for internal RL (Algorithm 3) and for raw-action RL (C.5.3)
   6. measurements      success with true subgoals (C.3), code identity
+  7. walker            PPO for the ant's expert, with the same clipped objective (C.1.1)
 
-Paper sections: C.3, C.5, D.3, B.3.2 (the idea behind code identity); Algorithms 1-3; Eq. 10; Table A13.
+Paper sections: C.1.1, C.3, C.5, D.3, B.3.2 (the idea behind code identity); Algorithms 1-3; Eq. 10; Table A13.
 
 Glossary (name -> symbol -> shape; N episodes, M abstract actions, D width)
   e         e_t,l at the moment a code is asked for    (N, M, D)
@@ -27,7 +28,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from envs import sample_layouts, simulate
+from envs import FRAME_SKIP, PHYSICS_STEP, Ants, sample_layouts, simulate
 from model import Block, Hawk, action_nll, gaussian_logp, linear, sample_action
 
 BETA_THRESHOLD = 0.5  # Algorithm 1 and C.6
@@ -323,3 +324,88 @@ def code_identity(base, decoder, world, rng, codes=256, layouts=64, n_z=8):
     information = (joint * np.log(np.where(joint > 0, joint / expected, 1))).sum()
     bias = ((table > 0).sum() - table.shape[0] - table.shape[1] + 1) / (2 * n)
     return float(information - bias), math.log(len(starts))
+
+
+# ------------------------------------------------------------------------------------------------ 7. walker (C.1.1)
+# NOT in paper, whose expert is one agent that sees the whole board, a hint on the shortest path in every cell included. What such an agent needs to know is
+# the hint of the cell that it is in. So what is learned here is to walk along a heading, and `envs.ant_expert` reads it off the board.
+
+SPEED = 1.5  # m/s along the heading; more earns nothing
+
+
+class Walker(nn.Module):
+    """Actor and critic: what an ant feels (n, 29), see `envs.Ants.felt` -> torques (n, 8), value (n,)."""
+
+    def __init__(self, felt=29, actions=8, hidden=128):
+        super().__init__()
+        net = lambda outputs: nn.Sequential(linear(felt, hidden, 1.), nn.Tanh(), linear(hidden, hidden, 1.), nn.Tanh(), linear(hidden, outputs, .01))
+        self.actor, self.critic = net(actions), net(1)
+        self.log_std = nn.Parameter(torch.full((actions,), math.log(.5)))
+
+    def walk(self, noise):
+        """`walk` for `envs.ant_expert`, in NumPy: a ~ N(mean, (noise * std)^2); noise = 0 walks cleanly (C.4.4)."""
+        @torch.no_grad()
+        def walk(felt):
+            mean = self.actor(torch.from_numpy(felt))
+            return (mean + noise * self.log_std.exp() * torch.randn_like(mean)).numpy()
+        return walk
+
+
+def walk_reward(ants, heading, before, action):
+    """Reward of one step (N,), and which ants (N,) cannot go on. before (N, 2): where they were; action (N, 8).
+
+    Speed along the heading up to SPEED, less half the speed across it, less the effort; an ant that falls, jumps or tips over pays 5.
+    """
+    velocity = (ants.qpos[:, :2] - before) / (FRAME_SKIP * PHYSICS_STEP)
+    along = (velocity * heading).sum(1)
+    across = np.abs(velocity[:, 0] * heading[:, 1] - velocity[:, 1] * heading[:, 0])
+    over = ants.fallen() | (ants.felt(heading)[:, 3] < .2)  # cosine of the torso's tilt
+    return np.minimum(along, SPEED) - .5 * np.minimum(across, SPEED) - .02 * (action.clip(-1, 1) ** 2).sum(1) - 5. * over, over
+
+
+def walker_step(walker, optimizer, rng, n=64, steps=128, epochs=4, minibatches=8, gamma=.99, lam=.95):
+    """One iteration of PPO: n ants, put down anew, walk `steps` steps along headings that turn at random. Returns a dict of what happened.
+
+    Raises FloatingPointError on a non-finite loss.
+    """
+    ants, rows = Ants(n), np.arange(n)
+    compass = lambda m: np.stack([np.cos(angle := rng.uniform(-np.pi, np.pi, m)), np.sin(angle)], axis=1)
+    ants.place(rng, rows, np.zeros((n, 2)))
+    heading, record, speed = compass(n), [], []
+    with torch.no_grad():
+        for _ in range(steps):
+            felt, before = torch.from_numpy(ants.felt(heading)), ants.qpos[:, :2].copy()
+            mean = walker.actor(felt)
+            action = mean + walker.log_std.exp() * torch.randn_like(mean)
+            ants.step(rows, action.numpy())
+            reward, over = walk_reward(ants, heading, before, action.numpy())
+            speed.append(((ants.qpos[:, :2] - before) * heading).sum(1).mean() / (FRAME_SKIP * PHYSICS_STEP))
+            after = walker.critic(torch.from_numpy(ants.felt(heading)))[:, 0]  # before the heading turns or anyone is put elsewhere
+            over, reward = torch.from_numpy(over), torch.from_numpy(reward).float()
+            turns = over.numpy() | (rng.random(n) < .02)  # a new heading, every 50 steps or so
+            # One-step advantage; where the heading turns, what follows belongs to another walk, and the sum over the future stops.
+            record.append((felt, action, gaussian_logp(action, mean, walker.log_std), walker.critic(felt)[:, 0],
+                           reward + gamma * after * ~over, torch.from_numpy(turns)))
+            if over.any():
+                ants.place(rng, rows[over.numpy()], np.zeros((int(over.sum()), 2)))
+            heading[turns] = compass(turns.sum())
+        felt, action, logp, value, outcome, turns = (torch.stack(column) for column in zip(*record))  # each (steps, n, ...)
+        advantage, A = torch.zeros_like(value), torch.zeros(n)
+        for t in reversed(range(steps)):  # generalised advantage estimation
+            A = advantage[t] = outcome[t] - value[t] + gamma * lam * A * ~turns[t]
+        target = (value + advantage).flatten()
+        felt, action, logp = (x.flatten(0, 1) for x in (felt, action, logp))
+        advantage = ((advantage - advantage.mean()) / (advantage.std() + 1e-8)).flatten()
+    for _ in range(epochs):
+        for part in torch.randperm(n * steps).chunk(minibatches):
+            new = gaussian_logp(action[part], walker.actor(felt[part]), walker.log_std)
+            # Every step counts by itself: sequences of one action.
+            loss = clipped_loss(new[:, None], logp[part, None], advantage[part], torch.ones(len(part), 1), .2)
+            loss = loss + .5 * F.mse_loss(walker.critic(felt[part])[:, 0], target[part])
+            if not torch.isfinite(loss):
+                raise FloatingPointError("the PPO loss is not finite")
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(walker.parameters(), .5)
+            optimizer.step()
+    return {"speed": float(np.mean(speed)), "std": walker.log_std.exp().mean().item()}

@@ -157,6 +157,9 @@ CHOICES = {"gate": ("soft", "gumbel", "forced"), "mixer": ("attention", "hawk"),
            "device": ("auto", "cpu", "cuda"), "compile": ("auto", "off", "inductor", "cudagraphs")}
 
 
+ASSETS = Path(__file__).parent / "assets"  # <preset>/seed<k>/ holds the checkpoints that come with the repository
+
+
 class Refused(Exception):
     """The request can't be carried out as it stands: one sentence for the user, exit code 2, nothing written."""
 
@@ -202,6 +205,7 @@ class Run:
     compiler: str = "off"
     names: tuple = ()  # the checkpoints that this invocation reads or writes
     extend: bool = True  # may a finished RL go on, if more updates are asked for?
+    fresh: bool = False  # train also what comes with the repository
 
 
 def suffix(run):
@@ -231,6 +235,19 @@ def read_checkpoint(run, name):
             raise Refused(f"{path} was made with {field}={theirs.get(field)}, this run asks for {field}={ours}: "
                           f"delete it, start again with --fresh, or use another --out")
     return saved
+
+
+def use_shipped(run, name):
+    """Copy checkpoint `name` and its log out of assets/, if the run has none yet and would train just this one."""
+    shipped = dataclasses.replace(run, folder=ASSETS / run.preset / run.folder.name)
+    if run.fresh or (run.folder / f"{name}.pt").exists() or not (shipped.folder / f"{name}.pt").exists():
+        return
+    saved = torch.load(shipped.folder / f"{name}.pt", map_location="cpu", weights_only=True)
+    if saved["fingerprint"] == fingerprint(run, name):
+        run.folder.mkdir(parents=True, exist_ok=True)
+        for kind in ("jsonl", "pt"):  # the log first: a checkpoint without its log would never get one
+            write_atomically(run.folder / f"{name}.{kind}", (shipped.folder / f"{name}.{kind}").read_bytes())
+        print(f"{name}: taken from assets/, where it lies ready trained; --fresh trains it here")
 
 
 def finished(run, name):
@@ -472,6 +489,7 @@ def pretrain(run):
     seed_everything(cfg.seed, "init", 0)
     base = new_base(run)
     optimizer = adamw(base.parameters(), cfg.base_lr, cfg.base_wd)
+    use_shipped(run, "base")
     first, seconds, done = resume(run, "base", base, optimizer)
     if not done:
         test, bayes, known = evaluation_data(run, cfg.eps)
@@ -707,7 +725,7 @@ def parse(argv):
         raise Refused(f"--rival {rival} has no --stage {stage} of its own")
     if args["fresh"] and stage == "eval":
         raise Refused("--fresh does not go with --stage eval, which trains nothing")
-    run = Run(cfg, args["preset"], Path(args["out"]) / args["preset"] / f"seed{cfg.seed}")
+    run = Run(cfg, args["preset"], Path(args["out"]) / args["preset"] / f"seed{cfg.seed}", fresh=args["fresh"] and rival == "none")
     # A rival has files of its own. Only these are deleted by --fresh: the base, which it may share, is the whole path's.
     own = {"none": NEEDS["rl"], "raw": ("raw",), "forced": ("meta", "policy"), "cotrain": ("meta", "policy")}[rival]
     reads = {"forced": ("base", *own), "cotrain": own}.get(rival, NEEDS["rl"])

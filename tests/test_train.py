@@ -252,6 +252,26 @@ def test_figures_draws_all_that_the_runs_have(finished, tmp_path):
     assert seed["rl_episodes"] == seed["raw_episodes"] == 12 * 64 and seed["forced_success"] is None and seed["minutes"] > 0
 
 
+def test_a_base_that_comes_with_the_repository_is_used_and_said_so(finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "ASSETS", tmp_path / "assets")
+    shipped = tmp_path / "assets" / "smoke" / "seed0"
+    shipped.mkdir(parents=True)
+    for kind in ("pt", "jsonl"):
+        (shipped / f"base.{kind}").write_bytes((finished[0] / "smoke" / "seed0" / f"base.{kind}").read_bytes())
+    saved = torch.load(shipped / "base.pt", weights_only=True)
+    saved["optimizer"]["state"] = {}  # as README ships it: the moments of a finished training are of no use
+    saved["model"]["norm.weight"] += 1e-3  # so that it can be told from one trained here
+    torch.save(saved, shipped / "base.pt")
+    line = [*TINY, "--stage", "pretrain", "--out"]
+    assert train.main([*line, str(tmp_path / "a")]) == 0 and "taken from assets" in capsys.readouterr().out
+    assert same(weights(tmp_path / "a", "base"), saved["model"]) and train.read_log(train.Run(None, "", tmp_path / "a/smoke/seed0"), "base")
+    for out, more in (("b", ["--fresh"]), ("c", ["--base_lr", "1e-3"]), ("d", ["--seed", "1"])):
+        assert train.main([*line, str(tmp_path / out), "--base_steps", "40", *more]) == 0
+        assert "assets" not in capsys.readouterr().out
+    assert train.main([*line, str(tmp_path / "a"), "--fresh"]) == 0 and "assets" not in capsys.readouterr().out
+    assert not same(weights(tmp_path / "a", "base"), saved["model"])
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path, capsys, monkeypatch):
     genuine, calls = train.pretraining_loss, [0]
     def poisoned(*args):
