@@ -153,18 +153,22 @@ def seed_results(folder):
     """The numbers of one seed, for results.json. None where something has not been run.
 
     bayes_gap_closed, switch_f1 (exact step), switch_f1_1 (+-1), undecided (gates): shares. code_identity: share of its maximum. *_success: share of fresh
-    episodes of the post-training task. *_episodes: episodes trained on. minutes: the path of `--stage rl`, rivals but raw excluded.
+    episodes of the post-training task. *_episodes: episodes trained on. raw_unchanged: raw RL's weights are still the base's, bit for bit: no episode was ever
+    rewarded. minutes: the path of `--stage rl`, rivals but raw excluded; base_minutes: the part of the base.
     """
     last = {name: (logs([folder], name) or [[{}]])[0][-1] for name in ("base", "control", "meta", "policy", "raw")}
     read = lambda kind: json.loads((folder / f"eval{kind}.json").read_text()) if (folder / f"eval{kind}.json").exists() else {}
     plain, meta, identity = read(""), last["meta"], last["meta"].get("code_identity")
+    weights = lambda name: torch.load(folder / f"{name}.pt", map_location="cpu", weights_only=True)["model"]
+    unchanged = all(torch.equal(a, b) for a, b in zip(weights("base").values(), weights("raw").values())) if last["raw"] else None
     return {"seed": int(folder.name.removeprefix("seed")), "bayes_gap_closed": last["base"].get("gap_closed"),
             "control_success": plain.get("control_success"), "switch_f1": meta.get("f1"), "switch_f1_1": meta.get("f1_1"),
             "undecided": meta.get("undecided"), "code_identity": identity and identity / meta["code_identity_max"], "code_success": plain.get("code_success"),
             "rl_success": plain.get("rl_success"), "rl_episodes": last["policy"].get("episodes"),
-            "raw_success": plain.get("raw_success"), "raw_episodes": last["raw"].get("episodes"),
+            "raw_success": plain.get("raw_success"), "raw_episodes": last["raw"].get("episodes"), "raw_unchanged": unchanged,
             "forced_success": read("-forced").get("rl_success"), "cotrain_success": read("-cotrain").get("rl_success"),
-            "blind_success": plain.get("blind_success"), "minutes": sum(line.get("seconds", 0) for line in last.values()) / 60}
+            "blind_success": plain.get("blind_success"), "minutes": sum(line.get("seconds", 0) for line in last.values()) / 60,
+            "base_minutes": last["base"].get("seconds", 0) / 60}
 
 
 ROWS = (("base: share of the gap to Bayes closed", "bayes_gap_closed", "{:.1%}"),
@@ -174,8 +178,10 @@ ROWS = (("base: share of the gap to Bayes closed", "bayes_gap_closed", "{:.1%}")
         ("code identity, share of its maximum", "code_identity", "{:.1%}"), ("codes from the prior, success", "code_success", "{:.4f}"),
         ("**internal RL, success**", "rl_success", "{:.3f}"), ("episodes of internal RL", "rl_episodes", "{:,}"),
         ("raw-action RL, success", "raw_success", "{:.4f}"), ("episodes of raw-action RL", "raw_episodes", "{:,}"),
+        ("raw-action RL left the base's weights as they were", "raw_unchanged", "{}"),
         ("forced switching, success", "forced_success", "{:.4f}"), ("co-training, success", "cotrain_success", "{:.4f}"),
-        ("blind sampling, success", "blind_success", "{:.5f}"), ("minutes", "minutes", "{:.0f}"))
+        ("blind sampling, success", "blind_success", "{:.5f}"), ("minutes", "minutes", "{:.0f}"),
+        ("of these, the base", "base_minutes", "{:.0f}"))
 
 
 def write_results(folders, preset, to):
