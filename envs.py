@@ -344,13 +344,13 @@ class Ants:
         self.qpos, self.qvel, self.ctrl = (self.sim.bind(name) for name in ("qpos", "qvel", "ctrl"))
 
     def place(self, rng, rows, xy):
-        """Put ants `rows` at xy (m, 2), any yaw; joint angles and velocities within 0.1 of zero (A.2)."""
+        """Put ants `rows` at xy (m, 2), any yaw; joint angles and all velocities within 0.1 of zero (A.2)."""
         self.sim.reset(rows, stage=mujoco.mjtStage.mjSTAGE_NONE.value)
         yaw = rng.uniform(-np.pi, np.pi, len(rows))
         self.qpos[rows, :2] = xy
         self.qpos[rows, 3], self.qpos[rows, 6] = np.cos(yaw / 2), np.sin(yaw / 2)
         self.qpos[rows, 7:] = rng.uniform(-.1, .1, (len(rows), 8))
-        self.qvel[rows, 6:] = rng.uniform(-.1, .1, (len(rows), 8))
+        self.qvel[rows] = rng.uniform(-.1, .1, (len(rows), 14))
 
     def step(self, rows, action):
         """One action (m, 8), torques as shares of their largest, for ants `rows`."""

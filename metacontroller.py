@@ -20,6 +20,8 @@ Glossary (name -> symbol -> shape; B batch, T time, D width n_e, r rank)
   z         z_t, the integrated code                    (B, T, n_z)
   alpha     weight of the KL                            scalar
 """
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -59,6 +61,37 @@ class Decoder(nn.Module):
 
 # ------------------------------------------------------------------------------------------------ 2. what is steered; true subgoals (C.3)
 
+def turned(world, g, obs, action):
+    """Steps seen and done in a turned world: g (B, T) which symmetry; obs (B, T, K or F), action (B, T) or (B, T, 8) -> the same shapes.
+
+    The grid has 8 symmetries (envs.symmetries); of the ant's we use the 4 quarter turns, which leave its torques as they are.
+    """
+    if world.body == "point":
+        cells, actions = (torch.from_numpy(table).to(obs.device) for table in symmetries(world.G))  # (8, C), (8, 4)
+        return cells[g[..., None], obs], actions[g, action]
+    # Indices: see the table of envs.AntPinpad. symlog acts on each number alone and is odd, so it commutes with quarter turns.
+    x = torch.tensor([13, *range(27, obs.shape[-1], 2)], device=obs.device)  # velocity, place, things, place in the cell; each y follows its x
+    cos, sin = ((g * (math.pi / 2)).cos().round()[..., None], (g * (math.pi / 2)).sin().round()[..., None])
+    new = obs.clone()
+    new[..., x], new[..., x + 1] = cos * obs[..., x] - sin * obs[..., x + 1], sin * obs[..., x] + cos * obs[..., x + 1]
+    quaternion = obs[..., 1:5].sign() * obs[..., 1:5].abs().expm1()
+    w, i, j, k = quaternion.unbind(-1)
+    c, s = (g * (math.pi / 4)).cos(), (g * (math.pi / 4)).sin()  # half the angle
+    quaternion = torch.stack([c * w - s * k, c * i - s * j, c * j + s * i, c * k + s * w], dim=-1)
+    new[..., 1:5] = quaternion.sign() * quaternion.abs().log1p()
+    return new, action
+
+
+def exchanged(world, colours, obs):
+    """The observations with the colours exchanged: colours (B, O), for each colour whose place it takes; obs (B, T, K or F), as is the result."""
+    order = torch.arange(obs.shape[-1], device=obs.device).repeat(len(obs), 1)  # (B, K or F); walls, the agent and its senses stay
+    if world.body == "point":
+        order[:, :world.O] = colours
+    else:
+        order[:, 29:29 + 2 * world.O] = (29 + 2 * colours[..., None] + torch.arange(2, device=obs.device)).flatten(1)  # (B, O, 2) -> (B, 2 O)
+    return obs.gather(-1, order[:, None].expand(obs.shape))
+
+
 def image_of(batch, world, symmetric, splice, shuffle):
     """Another view of a batch's episodes, for the controllers to steer; None if no such help is asked for. NOT in paper; three helps (README):
 
@@ -72,14 +105,13 @@ def image_of(batch, world, symmetric, splice, shuffle):
         stricter teacher; but its steps cannot be steered, as no code tells of exchanged colours. An image drawn for both is shuffled.
     In both any colour follows any other, also where pretraining never shows it.
 
-    batch: a dict of tensors obs (B, T+1, K), action and mask (B, T). Returns a dict of obs (B, T, K), action, row, step (B, T): step t of image b
+    batch: a dict of tensors obs (B, T+1, K), action and mask (B, T), or the ant's. Returns a dict of obs (B, T, K), action, row, step (B, T): step t of image b
     is step step[b, t] of episode row[b, t]; and mask (B, T), the steps to be steered. An image is as long as its episode.
     """
     if not (symmetric or splice or shuffle):
         return None
     obs, action, length = batch["obs"], batch["action"], batch["mask"].sum(1, keepdim=True)  # length (B, 1)
-    (B, T), K, device = action.shape, obs.shape[-1], obs.device
-    cells, actions = (torch.from_numpy(table).to(device) for table in symmetries(world.G))  # (8, C), (8, 4)
+    B, T, device = *action.shape[:2], obs.device
     t, rows, draw = torch.arange(T, device=device), torch.arange(B, device=device)[:, None], lambda: torch.rand(B, 1, device=device)
     shuffled = draw() < shuffle  # (B, 1)
     spliced = (draw() < splice) & ~shuffled
@@ -89,12 +121,11 @@ def image_of(batch, world, symmetric, splice, shuffle):
     past = t < cut  # (B, T)
     row, step = torch.where(past & spliced, other, rows), torch.where(past & spliced, length[other[:, 0]] - cut + t, t)
     colours = torch.rand(B, world.O, device=device).argsort(1)  # (B, O) a permutation each
-    exchanged = torch.cat([colours, torch.arange(world.O, K, device=device).expand(B, -1)], dim=1)  # (B, K); walls and the agent stay
     seen = obs[row, step]  # (B, T, K)
-    seen = torch.where((past & shuffled)[..., None], seen.gather(-1, exchanged[:, None].expand(B, T, K)), seen)
-    g = torch.randint(len(cells) if symmetric else 1, (B, 1), device=device)[row, 0]  # (B, T); symmetry 0 is the identity
-    return {"obs": cells[g[..., None], seen], "action": actions[g, action[row, step]], "row": row, "step": step,
-            "mask": batch["mask"] & ~(past & shuffled)}
+    seen = torch.where((past & shuffled)[..., None], exchanged(world, colours, seen), seen)
+    g = torch.randint((8 if world.body == "point" else 4) if symmetric else 1, (B, 1), device=device)[row, 0]  # (B, T); 0 is the identity
+    seen, action = turned(world, g, seen, action[row, step])
+    return {"obs": seen, "action": action, "row": row, "step": step, "mask": batch["mask"] & ~(past & shuffled)}
 
 
 def control_loss(base, decoder, obs, action, subgoal, mask):

@@ -24,16 +24,18 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 import sys
 import time
 from pathlib import Path
 
+import mujoco
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from envs import World, exact_bounds, generate
-from internal_rl import (Policy, code_identity, control_success, internal_episodes, internal_rl_step, play, raw_rl_step)
+from envs import Trajectories, World, ant_expert, concatenate, distances, exact_bounds, generate, sample_layouts, simulate
+from internal_rl import (Policy, Walker, code_identity, control_success, internal_episodes, internal_rl_step, play, raw_rl_step, walker_step)
 from metacontroller import Decoder, Metacontroller, control_loss, discovery_loss, gate_scores, image_of
 from model import SequenceModel, pretraining_loss
 
@@ -53,6 +55,12 @@ class Config:
     W: int = option(4, "world", "number of walls")
     T: int = option(100, "world", "horizon, steps")
     task_set: str = option("pairs", "world", "task set: pairs (Table A1), singles (Table A2), errands, tiny")
+    body: str = option("point", "world", "point (A.1) or ant (A.2)")
+
+    # The ant's expert (C.1.1) and its demonstrations, which are simulated once
+    walker_updates: int = option(1200, "walker", "PPO iterations of the ant's walker")
+    walker_lr: float = option(1e-3, "walker", "learning rate of PPO")
+    demonstrations: int = option(20_000, "demonstrations", "episodes of the ant in each of its two sets, noisy and clean")
 
     # Stage 1: Tables A16 (sizes) and A4 (training)
     width: int = option(256, "base", "D, width of the residual stream")
@@ -142,15 +150,20 @@ PRESETS = {
                          post_task="0-1-2-3-0", rl_updates=200, rl_batch=512, rl_lr=1e-3, std_lr=1e-2, raw_lr=3e-4, rl_epochs=2, evaluations=10),
     # The paper's gridworld, sizes and rates: A.1, Tables A4, A7, A9, A13, A16. What remains different is marked NOT in paper.
     "grid-paper": Config(),
+    # The paper's ant, sizes and rates: A.2, Tables A5, A8, A10, A14.
+    "ant-paper": Config(body="ant", G=4, O=4, W=1, T=500, task_set="singles", mixer="hawk", layers=8, heads=8, lam=10., base_steps=204_800, base_batch=512,
+                        layer=4, rank=0, control_batch=256, control_lr=3e-4, meta_rank=0, meta_steps=32_000, meta_batch=128, meta_lr=3e-4,
+                        rl_batch=256, rl_updates=51_200, demonstrations=200_000),
 }
 
-STAGES = ("pretrain", "control", "discover", "rl", "eval")
+STAGES = ("expert", "pretrain", "control", "discover", "rl", "eval")
 RIVALS = ("none", "raw", "forced", "cotrain")
 # Which groups of fields a checkpoint depends on: with any other value of those it would be another checkpoint.
-DEPENDS = {"base": ("world", "base"), "control": ("world", "base", "split", "control"), "meta": ("world", "base", "split", "meta"),
-           "policy": ("world", "base", "split", "meta", "rl", "policy"), "raw": ("world", "base", "rl", "raw")}
+DEPENDS = {"walker": ("walker",), "base": ("world", "walker", "demonstrations", "base")}
+DEPENDS |= {"control": (*DEPENDS["base"], "split", "control"), "meta": (*DEPENDS["base"], "split", "meta"),
+            "policy": (*DEPENDS["base"], "split", "meta", "rl", "policy"), "raw": (*DEPENDS["base"], "rl", "raw")}
 # Which checkpoints a stage reads or writes.
-NEEDS = {"pretrain": ("base",), "control": ("base", "control"), "discover": ("base", "meta"),
+NEEDS = {"expert": ("walker",), "pretrain": ("base",), "control": ("base", "control"), "discover": ("base", "meta"),
          "rl": ("base", "control", "meta", "policy", "raw"), "eval": ("base", "control", "meta", "policy", "raw")}
 
 CHOICES = {"gate": ("soft", "gumbel", "forced"), "mixer": ("attention", "hawk"), "dtype": ("auto", "float32", "bfloat16"),
@@ -167,7 +180,8 @@ class Refused(Exception):
 def check(cfg):
     """Raise Refused unless this configuration can work. Called before anything is written."""
     try:
-        generate(world_of(cfg), np.random.default_rng(0), 8, cfg.eps if cfg.eps < 1 else 0.)
+        # (An ant's tasks can be finished if a point's can.)
+        generate(dataclasses.replace(world_of(cfg), body="point"), np.random.default_rng(0), 8, cfg.eps if cfg.eps < 1 else 0.)
     except ValueError as error:
         raise Refused(str(error)) from None
     may_be_zero = ("W", "layer", "splice", "shuffle", "lam", "eps", "alpha", "alpha_start", "alpha_ramp", "read", "rank", "meta_rank", "warmup", "decay",
@@ -230,11 +244,19 @@ def read_checkpoint(run, name):
         theirs = saved["fingerprint"]
     except (RuntimeError, EOFError, KeyError, TypeError, OSError, pickle.UnpicklingError) as error:
         raise Refused(f"{path} is damaged ({type(error).__name__}): delete it, or start again with --fresh") from None
-    for field, ours in fingerprint(run, name).items():
-        if theirs.get(field) != ours:
-            raise Refused(f"{path} was made with {field}={theirs.get(field)}, this run asks for {field}={ours}: "
-                          f"delete it, start again with --fresh, or use another --out")
+    if (other := difference(run, name, theirs)) is not None:
+        raise Refused(f"{path} was made with {other[0]}={other[1]}, this run asks for {other[0]}={other[2]}: "
+                      f"delete it, start again with --fresh, or use another --out")
     return saved
+
+
+def difference(run, name, theirs):
+    """The first field in which a checkpoint's fingerprint differs from what this run asks for: (field, theirs, ours), or None.
+
+    A field that the checkpoint does not know is younger than it: it was made with that field's default."""
+    defaults = dataclasses.asdict(Config())
+    return next(((field, theirs.get(field, defaults.get(field)), ours) for field, ours in fingerprint(run, name).items()
+                 if theirs.get(field, defaults.get(field)) != ours), None)
 
 
 def use_shipped(run, name):
@@ -243,7 +265,7 @@ def use_shipped(run, name):
     if run.fresh or (run.folder / f"{name}.pt").exists() or not (shipped.folder / f"{name}.pt").exists():
         return
     saved = torch.load(shipped.folder / f"{name}.pt", map_location="cpu", weights_only=True)
-    if saved["fingerprint"] == fingerprint(run, name):
+    if difference(run, name, saved["fingerprint"]) is None:
         run.folder.mkdir(parents=True, exist_ok=True)
         for kind in ("jsonl", "pt"):  # the log first: a checkpoint without its log would never get one
             write_atomically(run.folder / f"{name}.{kind}", (shipped.folder / f"{name}.{kind}").read_bytes())
@@ -381,7 +403,7 @@ def autocast(run):
 
 # ------------------------------------------------------------------------------------------------ 4. data
 
-PURPOSES = ("init", "base", "control", "meta", "policy", "raw", "eval")
+PURPOSES = ("init", "base", "control", "meta", "policy", "raw", "eval", "walker", "demonstrations")
 EVAL_SEED = 10 ** 6  # evaluation layouts are the same for every seed
 
 
@@ -392,68 +414,15 @@ def seed_everything(seed, purpose, k):
     return np.random.default_rng(sequence)
 
 
-CHUNK = 32  # batches drawn at once, so that episodes of similar length share a batch and little padding is left
-
-
-def batches(run, purpose, size, eps, first, last):
-    """Yield (step, batch) for steps first .. last-1; batch: dict of tensors obs (B, T+1, K), action, subgoal, mask, switches (B, T).
-
-    Any step can be the first: what it contains depends on (seed, purpose, step) alone.
-    NOT in paper: with batches of similar length and losses averaged over a batch's steps, a step in a batch of short episodes
-    weighs more than one in a batch of long ones. The logged NLLs are plain averages over the steps of unsorted test episodes.
-    """
-    world = world_of(run.cfg)
-    for chunk in range(first // CHUNK, (last - 1) // CHUNK + 1):
-        rng = seed_everything(run.cfg.seed, purpose, chunk)
-        data = generate(world, rng, CHUNK * size, eps)
-        by_length = data.length.argsort(kind="stable").reshape(CHUNK, size)  # CHUNK batches of equal-length episodes
-        for step, rows in enumerate(by_length[rng.permutation(CHUNK)], start=chunk * CHUNK):
-            if first <= step < last:
-                seed_everything(run.cfg.seed, purpose, step)
-                yield step, tensors(run, data[rows])
-
-
-def tensors(run, data):
-    return {name: torch.from_numpy(value).to(run.device) for name, value in
-            {"obs": data.obs(), "action": data.action, "subgoal": data.subgoal, "mask": data.mask(), "switches": data.switches()}.items()}
-
-
-def evaluation_data(run, eps, n=1024):
-    """A fixed set of expert episodes as tensors, and its exact bounds in nats per step (see envs.exact_bounds)."""
-    world = world_of(run.cfg)
-    data = generate(world, np.random.default_rng(EVAL_SEED), n, eps)
-    bayes, known, _ = exact_bounds(world, data, eps)
-    return tensors(run, data), bayes[data.mask()].mean(), known[data.mask()].mean()
-
-
-# ------------------------------------------------------------------------------------------------ 5. stages
-
-def world_of(cfg):
-    return World(cfg.G, cfg.O, cfg.W, cfg.T, cfg.task_set, cfg.post_task)
-
-
-def new_base(run):
-    cfg, world = run.cfg, world_of(run.cfg)
-    model = SequenceModel(world.cells, world.things, cfg.width, cfg.layers, cfg.heads, cfg.hidden, cfg.buckets, cfg.layer, cfg.lam, cfg.mixer,
-                          relative=cfg.relative, read=max(cfg.layer, cfg.read))
-    if run.compiler != "off":
-        for block in model.blocks:
-            block.compile(backend=run.compiler, dynamic=run.compiler == "inductor" or None)  # in place: names in checkpoints stay
-    return model.to(run.device)
-
-
-def new_metacontroller(run):
-    cfg = run.cfg
-    return Metacontroller(cfg.width, cfg.n_z, cfg.n_h, cfg.n_s, cfg.meta_rank, cfg.gate, cfg.encoder_hidden, cfg.decoder_hidden).to(run.device)
-
-
 def adamw(parameters, lr, wd):
     """parameters: an iterable of tensors, or a list of groups with learning rates of their own."""
     return torch.optim.AdamW(parameters, lr=lr, weight_decay=wd, betas=(.9, .999), fused=True)
 
 
 def show_actions(bar, test, logits):
-    """The first test episode, decoded: true subgoals, the expert's actions, the likeliest action under logits (1, T, A)."""
+    """The first test episode, decoded: true subgoals, the expert's actions, the likeliest action under logits (1, T, A). Not for torques."""
+    if test["action"].is_floating_point():
+        return
     T, arrows = int(test["mask"][0].sum()), "^>v<"
     bar.write("      subgoal " + "".join(map(str, test["subgoal"][0, :T].tolist())))
     bar.write("      expert  " + "".join(arrows[a] for a in test["action"][0, :T].tolist()))
@@ -483,18 +452,167 @@ def optimise(name, step, loss, model, optimizer, lr):
     optimizer.step()
 
 
+def world_of(cfg):
+    return World(cfg.G, cfg.O, cfg.W, cfg.T, cfg.task_set, cfg.post_task, cfg.body)
+
+
+CHUNK = 32  # batches drawn at once, so that episodes of similar length share a batch and little padding is left
+
+
+def expert(run):
+    """The ant's walker (C.1.1), by PPO; its success at the pinpad's own tasks is reported on the way. Returns it frozen."""
+    cfg, world = run.cfg, world_of(run.cfg)
+    seed_everything(cfg.seed, "init", 4)
+    walker = Walker().to(run.device)
+    optimizer = adamw(walker.parameters(), cfg.walker_lr, 0.)
+    use_shipped(run, "walker")
+    first, seconds, done = resume(run, "walker", walker, optimizer)
+    if not done:
+        saver = Saver(run, "walker", walker, optimizer, seconds)
+        bar = tqdm(total=cfg.walker_updates, initial=first, desc="expert", unit="update", mininterval=1)
+        for step in range(first, cfg.walker_updates):
+            for group in optimizer.param_groups:
+                group["lr"] = cfg.walker_lr * (1 - step / cfg.walker_updates)
+            report = walker_step(walker, optimizer, seed_everything(cfg.seed, "walker", step))
+            bar.update()
+            done = step + 1 == cfg.walker_updates
+            if done or due(cfg, step, cfg.walker_updates):
+                rates = {key: expert_success(run, walker, tasks) for key, tasks in (("pretraining_success", world.tasks), ("success", [world.post_task]))}
+                log(run, "walker", bar, ("speed", "std", *rates), step=step + 1, seconds=saver.seconds(), **report, **rates)
+            saver.step(step + 1, done)
+        bar.close()
+    return walker.requires_grad_(False).eval()
+
+
+def expert_success(run, walker, tasks, n=256, noise=1.):
+    """Share of n episodes of the given tasks, in turn, that the ant's expert completes: what the ant's other rates are divided by."""
+    world, rng = world_of(run.cfg), seed_everything(EVAL_SEED, "eval", 4)
+    things, agent = sample_layouts(world, rng, n)
+    act = ant_expert(world, distances(world, things), rng, walker.walk(noise), np.zeros(n, bool))
+    return simulate(world, [tasks[i % len(tasks)] for i in range(n)], things, agent, act, rng)[1].mean()
+
+
+HELD_OUT = 512  # of the ant's demonstrations, the first so many episodes are for evaluation only
+
+
+class Demonstrations:
+    """The ant's demonstrations of one kind, "noisy" (the walker's own noise) or "clean" (C.4.4: its mean action).
+
+    Simulated once into a folder, as simulation is the expensive part; refused if they were made by another walker, world or version of MuJoCo. Indexed by
+    rows, they give Trajectories. sensed.f32 and action.f32 are raw float32 memory maps, the episodes one after the other.
+    """
+
+    def __init__(self, run, kind, walker):
+        world, folder = world_of(run.cfg), run.folder / f"demonstrations-{kind}"
+        wanted = {"mujoco": mujoco.__version__, "walker": digest(walker), "episodes": run.cfg.demonstrations, "seed": run.cfg.seed,
+                  **{name: value for name, value in dataclasses.asdict(world).items() if name != "post"}}
+        if not (folder / "made.json").exists():
+            self.make(run, kind, walker, world, folder, wanted)
+        made = json.loads((folder / "made.json").read_text())
+        for field, ours in wanted.items():
+            if made.get(field) != ours:
+                raise Refused(f"{folder} was made with {field}={made.get(field)}, this run asks for {field}={ours}: delete it, or use another --out")
+        self.rest = dict(np.load(folder / "rest.npz"))
+        self.begin = np.concatenate([[0], np.cumsum(self.rest["length"] + 1)])  # an episode of T steps holds T+1 observations
+        self.sensed, self.action = (np.memmap(folder / f"{name}.f32", np.float32, "r").reshape(self.begin[-1], -1) for name in ("sensed", "action"))
+
+    @staticmethod
+    def make(run, kind, walker, world, folder, wanted):
+        folder.mkdir(parents=True, exist_ok=True)
+        portions = [min(1024, wanted["episodes"] - done) for done in range(0, wanted["episodes"], 1024)]
+        rest = []
+        with open(folder / "sensed.f32", "wb") as sensed, open(folder / "action.f32", "wb") as action:
+            for k, n in enumerate(tqdm(portions, desc=f"{kind} demonstrations", unit="portion")):
+                rng = seed_everything(run.cfg.seed, "demonstrations", 2 * k + (kind == "clean"))
+                data = generate(world, rng, n, walk=walker.walk(kind == "noisy"))
+                seen = np.arange(data.sensed.shape[1]) <= data.length[:, None]  # (n, T+1)
+                data.sensed[seen].tofile(sensed)
+                np.pad(data.action, ((0, 0), (0, 1), (0, 0)))[seen].tofile(action)  # no action follows the last observation
+                rest.append(dataclasses.replace(data, action=data.action[..., 0], sensed=None))
+        rest = concatenate(rest)
+        np.savez(folder / "rest.npz", **{f.name: getattr(rest, f.name) for f in dataclasses.fields(rest) if f.name not in ("action", "sensed")})
+        write_atomically(folder / "made.json", json.dumps(wanted).encode())  # last: a folder without it is made again
+
+    def __getitem__(self, rows):
+        length = self.rest["length"][rows]
+        steps = self.begin[rows][:, None] + np.minimum(np.arange(length.max() + 1), length[:, None])  # (n, T+1); padding repeats the last
+        parts = {name: value[rows] for name, value in self.rest.items()}
+        data = Trajectories(**parts, action=self.action[steps[:, :-1]], sensed=self.sensed[steps])
+        T = length.max()
+        return dataclasses.replace(data, agent=data.agent[:, :T + 1], **{name: getattr(data, name)[:, :T] for name in ("target", "progress", "subgoal", "segment")})
+
+
+def experts(run, eps):
+    """`draw(rng, n) -> Trajectories`, n episodes to train on: fresh ones on the grid, recorded ones of the ant (clean if eps is None)."""
+    if run.cfg.body == "point":
+        return lambda rng, n: generate(world_of(run.cfg), rng, n, eps or 0.)
+    recorded = Demonstrations(run, "clean" if eps is None else "noisy", expert(run))
+    return lambda rng, n: recorded[rng.integers(HELD_OUT, run.cfg.demonstrations, n)]
+
+
+def batches(run, purpose, size, eps, first, last):
+    """Yield (step, batch) for steps first .. last-1; batch: dict of tensors obs (B, T+1, K), action, subgoal, mask, switches (B, T).
+
+    eps: share of random actions; None for clean demonstrations (C.4.4).
+    Any step can be the first: what it contains depends on (seed, purpose, step) alone.
+    NOT in paper: with batches of similar length and losses averaged over a batch's steps, a step in a batch of short episodes
+    weighs more than one in a batch of long ones. The logged NLLs are plain averages over the steps of unsorted test episodes.
+    """
+    draw = experts(run, eps)
+    for chunk in range(first // CHUNK, (last - 1) // CHUNK + 1):
+        rng = seed_everything(run.cfg.seed, purpose, chunk)
+        data = draw(rng, CHUNK * size)
+        by_length = data.length.argsort(kind="stable").reshape(CHUNK, size)  # CHUNK batches of equal-length episodes
+        for step, rows in enumerate(by_length[rng.permutation(CHUNK)], start=chunk * CHUNK):
+            if first <= step < last:
+                seed_everything(run.cfg.seed, purpose, step)
+                yield step, tensors(run, data[rows])
+
+
+def tensors(run, data):
+    return {name: torch.from_numpy(value).to(run.device) for name, value in
+            {"obs": data.obs(), "action": data.action, "subgoal": data.subgoal, "mask": data.mask(), "switches": data.switches()}.items()}
+
+
+def evaluation_data(run, eps, n=1024):
+    """A fixed set of expert episodes as tensors, and its exact bounds in nats per step (see envs.exact_bounds; None for the ant)."""
+    if run.cfg.body == "ant":
+        return tensors(run, Demonstrations(run, "clean" if eps is None else "noisy", expert(run))[np.arange(HELD_OUT)]), None, None
+    data = generate(world_of(run.cfg), np.random.default_rng(EVAL_SEED), n, eps or 0.)
+    bayes, known, _ = exact_bounds(world_of(run.cfg), data, eps or 0.)
+    return tensors(run, data), bayes[data.mask()].mean(), known[data.mask()].mean()
+
+
+# ------------------------------------------------------------------------------------------------ 5. stages
+
+def new_base(run):
+    cfg, world = run.cfg, world_of(run.cfg)
+    ant = {"sensors": world.ant_obs, "actions": 8} if cfg.body == "ant" else {}
+    model = SequenceModel(world.cells, world.things, cfg.width, cfg.layers, cfg.heads, cfg.hidden, cfg.buckets, cfg.layer, cfg.lam, cfg.mixer,
+                          relative=cfg.relative, read=max(cfg.layer, cfg.read), **ant)
+    if run.compiler != "off":
+        for block in model.blocks:
+            block.compile(backend=run.compiler, dynamic=run.compiler == "inductor" or None)  # in place: names in checkpoints stay
+    return model.to(run.device)
+
+
+def new_metacontroller(run):
+    cfg = run.cfg
+    return Metacontroller(cfg.width, cfg.n_z, cfg.n_h, cfg.n_s, cfg.meta_rank, cfg.gate, cfg.encoder_hidden, cfg.decoder_hidden).to(run.device)
+
+
 def pretrain(run):
     """Stage 1 (C.1.2): the base model, frozen afterwards."""
     cfg = run.cfg
+    parent = expert(run) if cfg.body == "ant" else None
     seed_everything(cfg.seed, "init", 0)
     base = new_base(run)
     optimizer = adamw(base.parameters(), cfg.base_lr, cfg.base_wd)
     use_shipped(run, "base")
-    first, seconds, done = resume(run, "base", base, optimizer)
+    first, seconds, done = resume(run, "base", base, optimizer, parent)
     if not done:
         test, bayes, known = evaluation_data(run, cfg.eps)
-        uniform = np.log(4)
-        saver = Saver(run, "base", base, optimizer, seconds)
+        saver = Saver(run, "base", base, optimizer, seconds, parent)
         bar = tqdm(total=cfg.base_steps, initial=first, desc="pretrain", unit="step", mininterval=1)
         for step, batch in batches(run, "base", cfg.base_batch, cfg.eps, first, cfg.base_steps):
             with autocast(run):
@@ -506,7 +624,8 @@ def pretrain(run):
                 with torch.no_grad(), autocast(run):
                     nll = pretraining_loss(base, test["obs"], test["action"], test["mask"])[1].item()
                 log(run, "base", bar, ("nll", "bayes", "known", "gap_closed", "episodes_per_s"), step=step + 1, seconds=saver.seconds(),
-                    episodes=(step + 1) * cfg.base_batch, nll=nll, bayes=bayes, known=known, gap_closed=(uniform - nll) / (uniform - bayes),
+                    episodes=(step + 1) * cfg.base_batch, nll=nll, bayes=bayes, known=known,
+                    gap_closed=bayes and (np.log(4) - nll) / (np.log(4) - bayes),
                     train_loss=loss.item(), episodes_per_s=(step + 1) * cfg.base_batch / saver.seconds())
                 with torch.no_grad():
                     show_actions(bar, test, base.action_logits(base.lower(test["obs"][:1, :-1])))
@@ -524,10 +643,10 @@ def control(run):
     optimizer = adamw(decoder.parameters(), cfg.control_lr, cfg.control_wd)
     first, seconds, done = resume(run, "control", decoder, optimizer, base)
     if not done:
-        test, bayes, known = evaluation_data(run, 0.)
+        test, bayes, known = evaluation_data(run, None)
         saver = Saver(run, "control", decoder, optimizer, seconds, base)
         bar = tqdm(total=cfg.control_steps, initial=first, desc="control", unit="step", mininterval=1)
-        for step, batch in batches(run, "control", cfg.control_batch, 0., first, cfg.control_steps):
+        for step, batch in batches(run, "control", cfg.control_batch, None, first, cfg.control_steps):
             obs, action, subgoal, mask = batch["obs"][:, :-1], batch["action"], batch["subgoal"], batch["mask"]
             if (image := image_of(batch, world, cfg.symmetric, cfg.splice, cfg.shuffle)) is not None:
                 obs, action, subgoal, mask = image["obs"], image["action"], subgoal[image["row"], image["step"]], image["mask"]
@@ -562,10 +681,10 @@ def discover(run):
     optimizer = adamw(learner.parameters(), cfg.meta_lr, cfg.meta_wd)
     first, seconds, done = resume(run, name, learner, optimizer, parent)
     if not done:
-        test, bayes, known = evaluation_data(run, 0.)
+        test, bayes, known = evaluation_data(run, None)
         saver = Saver(run, name, learner, optimizer, seconds, parent)
         bar = tqdm(total=cfg.meta_steps, initial=first, desc="discover", unit="step", mininterval=1)
-        for step, batch in batches(run, "meta", cfg.meta_batch, 0., first, cfg.meta_steps):
+        for step, batch in batches(run, "meta", cfg.meta_batch, None, first, cfg.meta_steps):
             # NOT in paper: alpha grows from 0. With alpha in full from the start the code is given up before it carries anything. The share of
             # shuffled images grows with it: codes form on spliced ones, and are then made strict (README).
             grown = min(1., max(0, step + 1 - cfg.alpha_start) / max(cfg.alpha_ramp, 1))
@@ -583,7 +702,8 @@ def discover(run):
                 with torch.no_grad(), autocast(run):
                     _, out = discovery_loss(base, meta.eval(), test["obs"], test["action"], test["mask"], noise, alpha)
                 scores = gate_scores(out["beta"], test["switches"], test["mask"])
-                identity, most = code_identity(base, meta.decoder, world, rng, n_z=cfg.n_z)
+                few = {"codes": 64, "layouts": 16} if cfg.body == "ant" else {}  # of the ant's long episodes
+                identity, most = code_identity(base, meta.decoder, world, rng, n_z=cfg.n_z, **few)
                 _, success, _ = internal_episodes(base, meta, world, rng, cfg.eval_episodes)
                 log(run, name, bar, ("nll", "known", "kl_per_episode", "switches", "true_switches", "precision", "recall", "f1", "undecided",
                                      "code_identity", "code_success"),
@@ -721,15 +841,18 @@ def parse(argv):
         raise Refused("--gate forced and --joint True are what --rival forced and --rival cotrain do: use these")
     cfg.gate, cfg.joint = "forced" if rival == "forced" else cfg.gate, rival == "cotrain"
     check(cfg)
-    if rival == "raw" and stage not in ("rl", "eval") or rival != "none" and stage in ("pretrain", "control"):
+    if stage == "expert" and cfg.body != "ant":
+        raise Refused("--stage expert trains the ant's walker; the grid's experts need no training")
+    if rival == "raw" and stage not in ("rl", "eval") or rival != "none" and stage in ("expert", "pretrain", "control"):
         raise Refused(f"--rival {rival} has no --stage {stage} of its own")
     if args["fresh"] and stage == "eval":
         raise Refused("--fresh does not go with --stage eval, which trains nothing")
     run = Run(cfg, args["preset"], Path(args["out"]) / args["preset"] / f"seed{cfg.seed}", fresh=args["fresh"] and rival == "none")
     # A rival has files of its own. Only these are deleted by --fresh: the base, which it may share, is the whole path's.
-    own = {"none": NEEDS["rl"], "raw": ("raw",), "forced": ("meta", "policy"), "cotrain": ("meta", "policy")}[rival]
-    reads = {"forced": ("base", *own), "cotrain": own}.get(rival, NEEDS["rl"])
-    named = lambda kept: tuple(name + (suffix(run) if name in ("meta", "policy") else "") for name in NEEDS[stage] if name in kept)
+    needed = (*["walker"] * (cfg.body == "ant" and stage != "expert"), *NEEDS[stage])
+    own = {"none": ("walker", *NEEDS["rl"]), "raw": ("raw",), "forced": ("meta", "policy"), "cotrain": ("meta", "policy")}[rival]
+    reads = {"forced": ("walker", "base", *own), "cotrain": ("walker", *own)}.get(rival, ("walker", *NEEDS["rl"]))
+    named = lambda kept: tuple(name + (suffix(run) if name in ("meta", "policy") else "") for name in needed if name in kept)
     run.names = named(reads)
     return run, stage, rival, named(own) if args["fresh"] else ()
 
@@ -740,6 +863,9 @@ def main(argv=None):
         for name in stale:
             for kind in ("pt", "jsonl"):
                 (run.folder / f"{name}.{kind}").unlink(missing_ok=True)
+            if name == "walker":
+                for kind in ("noisy", "clean"):
+                    shutil.rmtree(run.folder / f"demonstrations-{kind}", ignore_errors=True)
         for name in run.names:
             read_checkpoint(run, name)  # refuse bad files now, not after an hour of training
         print(f"{run.preset}, seed {run.cfg.seed}: " + " ".join(f"{k}={v}" for k, v in dataclasses.asdict(run.cfg).items()))
@@ -753,7 +879,7 @@ def main(argv=None):
             if rival == "none":
                 raw(run)
         elif stage != "eval":
-            {"pretrain": pretrain, "control": control, "discover": discover}[stage](run)
+            {"expert": expert, "pretrain": pretrain, "control": control, "discover": discover}[stage](run)
         if stage in ("rl", "eval"):
             evaluate(run)
     except Refused as refusal:
