@@ -673,10 +673,11 @@ def control(run):
 def discover(run):
     """Stage 2 (C.4): the metacontroller on the frozen base, on clean demonstrations (C.4.4)."""
     cfg, world, name = run.cfg, world_of(run.cfg), "meta" + suffix(run)
-    parent = None if cfg.joint else pretrain(run)
+    parent = None if cfg.joint and cfg.body == "point" else pretrain(run)
     seed_everything(cfg.seed, "init", 2)
     meta = new_metacontroller(run)
-    base = new_base(run) if cfg.joint else parent
+    # C.4.2: co-training starts from scratch on the grid, and from the pretrained base for the ant.
+    base = parent if not cfg.joint else new_base(run) if parent is None else copy.deepcopy(parent).requires_grad_(True)
     learner = torch.nn.ModuleDict({"base": base, "meta": meta}) if cfg.joint else meta  # what stage 2 trains
     optimizer = adamw(learner.parameters(), cfg.meta_lr, cfg.meta_wd)
     first, seconds, done = resume(run, name, learner, optimizer, parent)
@@ -689,7 +690,7 @@ def discover(run):
             # shuffled images grows with it: codes form on spliced ones, and are then made strict (README).
             grown = min(1., max(0, step + 1 - cfg.alpha_start) / max(cfg.alpha_ramp, 1))
             alpha = cfg.alpha * grown
-            noise = torch.randn(*batch["action"].shape, cfg.n_z, device=run.device)
+            noise = torch.randn(*batch["mask"].shape, cfg.n_z, device=run.device)
             image = image_of(batch, world, cfg.symmetric, cfg.splice, cfg.shuffle * grown)
             with autocast(run):
                 loss, _ = discovery_loss(base, meta.train(), batch["obs"], batch["action"], batch["mask"], noise, alpha, image)
@@ -698,7 +699,7 @@ def discover(run):
             done = step + 1 == cfg.meta_steps
             if done or due(cfg, step, cfg.meta_steps):
                 rng = seed_everything(EVAL_SEED, "eval", 1)
-                noise = torch.randn(*test["action"].shape, cfg.n_z, device=run.device)
+                noise = torch.randn(*test["mask"].shape, cfg.n_z, device=run.device)
                 with torch.no_grad(), autocast(run):
                     _, out = discovery_loss(base, meta.eval(), test["obs"], test["action"], test["mask"], noise, alpha)
                 scores = gate_scores(out["beta"], test["switches"], test["mask"])
@@ -771,7 +772,7 @@ def raw(run):
 
     def trial(rng):
         data, success, _ = play(base, world, [world.post_task] * cfg.eval_episodes, rng)
-        return data, success, np.ones(data.action.shape)  # every step is a decision
+        return data, success, np.ones(data.subgoal.shape)  # every step is a decision
 
     optimizer = adamw(base.parameters(), cfg.raw_lr, 0.)
     update = lambda rng: raw_rl_step(base, optimizer, world, rng, cfg.rl_batch, cfg.rl_epochs, cfg.rl_clip)
@@ -851,7 +852,7 @@ def parse(argv):
     # A rival has files of its own. Only these are deleted by --fresh: the base, which it may share, is the whole path's.
     needed = (*["walker"] * (cfg.body == "ant" and stage != "expert"), *NEEDS[stage])
     own = {"none": ("walker", *NEEDS["rl"]), "raw": ("raw",), "forced": ("meta", "policy"), "cotrain": ("meta", "policy")}[rival]
-    reads = {"forced": ("walker", "base", *own), "cotrain": ("walker", *own)}.get(rival, ("walker", *NEEDS["rl"]))
+    reads = {"forced": ("walker", "base", *own), "cotrain": ("walker", *["base"] * (cfg.body == "ant"), *own)}.get(rival, ("walker", *NEEDS["rl"]))
     named = lambda kept: tuple(name + (suffix(run) if name in ("meta", "policy") else "") for name in needed if name in kept)
     run.names = named(reads)
     return run, stage, rival, named(own) if args["fresh"] else ()

@@ -1,8 +1,10 @@
 """The ant: its body, its rules, its observation."""
 import warnings
 
-from envs import CELL, HEIGHT, AntWorlds, Ants, World, ant_model, cell_centres, sample_layouts, simulate  # before mujoco: sets MUJOCO_GL
+from envs import CELL, HEIGHT, AntWorlds, Ants, World, ant_model, cell_centres, sample_layouts, generate, simulate  # before mujoco: sets MUJOCO_GL
+from internal_rl import Walker
 from metacontroller import exchanged, turned
+import train
 
 import gymnasium as gym
 import mujoco
@@ -12,6 +14,7 @@ import torch
 from gymnasium.utils.env_checker import check_env
 
 WORLD = World(G=4, O=4, W=1, T=500, task_set="singles", body="ant")
+WORLD_24 = World(G=4, O=4, W=1, T=24, task_set="singles", body="ant")
 
 
 def rng(seed=0):
@@ -193,3 +196,66 @@ def test_the_picture_shows_the_ant_on_its_board():
     red = (picture[..., 0] > 200) & (picture[..., 1] < 90)
     blue = (picture[..., 2] > 200) & (picture[..., 0] < 90)
     assert red.sum() > 500 and blue.sum() > 500 and (picture.max(-1) < 60).sum() > 200  # two colours and the wall
+
+
+# ------------------------------------------------------------------------------------------------ its stages
+
+SHORT = ["--preset", "ant-paper", "--threads", "1", "--T", "24", "--evaluations", "1", "--walker_updates", "3", "--demonstrations", "600", "--width", "32",
+         "--layers", "2", "--layer", "1", "--heads", "2", "--hidden", "32", "--base_steps", "3", "--base_batch", "4", "--control_steps", "2",
+         "--control_batch", "4", "--meta_steps", "2", "--meta_batch", "4", "--rl_updates", "2", "--rl_batch", "8", "--eval_episodes", "16",
+         "--policy_width", "16", "--symmetric", "True", "--splice", ".5", "--shuffle", ".5", "--alpha_ramp", "2"]
+
+
+def staggering(world, rng, n, eps=0., walk=None):
+    """In the place of `generate`: episodes of ants that were never taught to walk, successful or not."""
+    tasks = [world.tasks[i] for i in rng.integers(len(world.tasks), size=n)]
+    return simulate(world, tasks, *sample_layouts(world, rng, n), lambda worlds, alive: rng.uniform(-1, 1, (len(alive), 8)), rng)[0]
+
+
+def test_an_interrupted_walker_equals_an_uninterrupted_one(tmp_path, monkeypatch):
+    line = [*SHORT, "--stage", "expert", "--save_seconds", "0", "--out"]
+    assert train.main([*line, str(tmp_path / "whole")]) == 0
+    genuine, calls = train.walker_step, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return genuine(*args)
+    monkeypatch.setattr(train, "walker_step", interrupted)
+    assert train.main([*line, str(tmp_path / "parts")]) == 130 and train.main([*line, str(tmp_path / "parts")]) == 0
+    whole, parts = (torch.load(tmp_path / out / "ant-paper/seed0/walker.pt", weights_only=True)["model"] for out in ("whole", "parts"))
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    start = Walker().state_dict()
+    assert all(not torch.equal(whole[key], start[key]) for key in whole)  # every parameter learns
+
+
+def test_every_stage_runs_on_recorded_ants(tmp_path, monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(train, "generate", lambda world, *args, **more: calls.append(world.body) or
+                        (staggering if world.body == "ant" else generate)(world, *args, **more))
+    for rival in ("none", "forced", "cotrain"):
+        assert train.main([*SHORT, "--rival", rival, "--out", str(tmp_path)]) == 0, capsys.readouterr().err
+    assert "internal RL" in capsys.readouterr().out and calls.count("ant") == 2  # one portion of each kind: simulated once
+    folder = tmp_path / "ant-paper" / "seed0"
+    run = train.parse([*SHORT, "--out", str(tmp_path)])[0]
+    recorded = train.Demonstrations(run, "noisy", train.expert(run))
+    source = staggering(WORLD_24, train.seed_everything(0, "demonstrations", 0), 600)
+    rows = np.array([5, 599, 17])
+    mine, theirs = recorded[rows], source[rows]
+    for t in range(3):
+        n = theirs.length[t]
+        assert mine.length[t] == n and np.array_equal(mine.sensed[t, :n + 1], theirs.sensed[t, :n + 1])
+        assert all(np.array_equal(getattr(mine, name)[t, :n], getattr(theirs, name)[t, :n]) for name in ("action", "subgoal", "segment", "progress", "target"))
+    made = (folder / "demonstrations-clean" / "made.json").read_text()
+    for old, new in (('"mujoco": "', '"mujoco": "1.'), ('"W": 1', '"W": 2')):
+        (folder / "demonstrations-clean" / "made.json").write_text(made.replace(old, new))
+        (folder / "meta.pt").unlink(missing_ok=True)
+        assert train.main([*SHORT, "--stage", "discover", "--out", str(tmp_path)]) == 2
+        assert "demonstrations-clean was made with" in capsys.readouterr().err
+
+
+def test_wrong_requests_for_ants(tmp_path, capsys):
+    for flags, word in ((["--stage", "expert"], "expert"), (["--body", "bee"], "body")):
+        assert train.main(["--preset", "smoke", "--out", str(tmp_path / "x"), *flags]) == 2 and word in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
