@@ -284,7 +284,7 @@ class GridWorlds:
 
 
 # ------------------------------------------------------------------------------------------------ 4. the ant (A.2)
-# Physics: gymnasium's Ant-v5 body, its time step and its 5 physics steps per action, but MuJoCo's integrator implicitfast instead of RK4:
+# Physics: gymnasium's Ant-v5 body, its time step and its 5 physics steps per action. NOT in paper: MuJoCo's integrator implicitfast instead of RK4:
 # one evaluation of the forces per physics step instead of four, 3.6 times the steps per second (shared findings). The two bodies walk alike,
 # and not bit for bit alike: an expert belongs to the integrator that it was trained with.
 
@@ -293,13 +293,15 @@ FRAME_SKIP, PHYSICS_STEP = 5, .01  # one action lasts 0.05 s
 HEIGHT = (.2, 1.)  # A.2, metres: with its torso outside this range an ant's episode fails. (Lying on its back, its torso is at 0.25.)
 
 
-@functools.cache
+@functools.lru_cache(8)
 def ant_model(tiles=()):
     """The classic MuJoCo ant on a plane, as a compiled model: joints in the order hip 1, ankle 1, .. hip 4, ankle 4.
 
-    tiles: (x, y, half width, half height, rgba) of each box drawn on the floor; they can be seen and not be touched.
+    tiles: (x, y, half height, rgba) of each box that is drawn on the floor, almost as wide as a cell; they can be seen and not be touched.
     """
     spec = mujoco.MjSpec()
+    # An unstable simulation would otherwise be put back to its initial pose, unasked, and its episode go on from there.
+    spec.option.disableflags |= mujoco.mjtDisableBit.mjDSBL_AUTORESET
     spec.option.timestep, spec.option.integrator = PHYSICS_STEP, mujoco.mjtIntegrator.mjINT_IMPLICITFAST
     spec.compiler.degree = True
     geom, joint = spec.default.geom, spec.default.joint
@@ -353,9 +355,13 @@ class Ants:
         self.qvel[rows] = rng.uniform(-.1, .1, (len(rows), 14))
 
     def step(self, rows, action):
-        """One action (m, 8), torques as shares of their largest, for ants `rows`."""
+        """One action (m, 8), torques as shares of their largest, for ants `rows`. An ant whose physics diverges is left above its range of heights."""
         self.ctrl[rows] = np.clip(action, -1, 1)
         self.sim.step(rows, FRAME_SKIP)
+        broken = rows[~np.isfinite(self.sim.state[rows]).all(axis=1)]
+        if len(broken):
+            self.sim.reset(broken, stage=mujoco.mjtStage.mjSTAGE_NONE.value)
+            self.qpos[broken, 2] = 2 * HEIGHT[1]
 
     def felt(self, heading):
         """What a walker needs to walk along `heading` (N, 2), a unit vector: (N, 29) float32, all seen from its own torso.
@@ -408,7 +414,9 @@ class AntWorlds(GridWorlds):
         """(N, 31 + 2 (O + W)) float32."""
         xy = self.position()
         relative = self.centres[self.things] - xy[:, None]  # (N, O+W, 2)
-        return np.concatenate([symlog(self.ants.qpos[:, 2:]), symlog(self.ants.qvel), xy / self.half, relative.reshape(len(xy), -1) / self.half,
+        body = self.ants.qpos[:, 2:].copy()
+        body[:, 1:5] *= np.where(body[:, 1:2] < 0, -1, 1)  # a quaternion and its negative are the same orientation
+        return np.concatenate([symlog(body), symlog(self.ants.qvel), xy / self.half, relative.reshape(len(xy), -1) / self.half,
                                (xy - self.centres[self.agent]) / (CELL / 2)], axis=1).astype(np.float32)
 
     def step(self, action):
@@ -499,6 +507,8 @@ class GridPinpad(Pinpad):
 
     def __init__(self, render_mode=None, **rules):
         super().__init__(render_mode, **rules)
+        if self.world.body != "point":
+            raise ValueError("GridPinpad is the world with body='point'; for body='ant' make AntPinpad")
         self.observation_space = gym.spaces.MultiBinary(self.world.cells * self.world.things)
         self.action_space = gym.spaces.Discrete(4)
 
@@ -520,7 +530,7 @@ class AntPinpad(Pinpad):
       | index                   | meaning                                                        | unit                            |
       |-------------------------|----------------------------------------------------------------|---------------------------------|
       | 0                       | height of the torso                                            | symlog of metres                |
-      | 1 to 4                  | orientation of the torso, quaternion w x y z                   | symlog                          |
+      | 1 to 4                  | orientation of the torso, quaternion w x y z with w >= 0       | symlog                          |
       | 5 to 12                 | angles of hip 1, ankle 1, .., hip 4, ankle 4                   | symlog of radians               |
       | 13 to 15                | velocity of the torso, x y z                                   | symlog of m/s                   |
       | 16 to 18                | angular velocity of the torso, about its own axes              | symlog of rad/s                 |

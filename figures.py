@@ -32,8 +32,10 @@ LABELS = {"policy": "internal RL", "policy-forced": "forced switching", "policy-
 def open_run(folder, name):
     """A Run with the configuration that checkpoint `name` in this folder was made with."""
     saved = torch.load(folder / f"{name}.pt", map_location="cpu", weights_only=True)["fingerprint"]
-    fields = {f.name for f in dataclasses.fields(train.Config)}
-    cfg = dataclasses.replace(train.PRESETS[saved["preset"]], **{k: v for k, v in saved.items() if k in fields})
+    cfg = train.PRESETS[saved["preset"]]
+    asked = train.fingerprint(train.Run(cfg, saved["preset"], folder), name)
+    known = dataclasses.asdict(train.Config()) | saved  # a field younger than the checkpoint had its default (see train.difference)
+    cfg = dataclasses.replace(cfg, **{field: known[field] for field in asked if field != "preset"})
     return train.Run(cfg, saved["preset"], folder, extend=False)
 
 
@@ -205,6 +207,9 @@ def main(argv=None):
     folders = sorted((Path(args.out) / args.preset).glob("seed*"))
     if not folders:
         print(f"figures.py: nothing in {Path(args.out) / args.preset}; run train.py --preset {args.preset} first", file=sys.stderr)
+        return 2
+    if train.PRESETS[args.preset].body == "ant":
+        print("figures.py: the ant's pictures can't be drawn yet", file=sys.stderr)
         return 2
     to = Path(args.to)
     to.mkdir(parents=True, exist_ok=True)

@@ -347,7 +347,7 @@ class Walker(nn.Module):
         @torch.no_grad()
         def walk(felt):
             mean = self.actor(torch.from_numpy(felt))
-            return (mean + noise * self.log_std.exp() * torch.randn_like(mean)).numpy()
+            return (mean + noise * self.log_std.exp() * torch.randn_like(mean)).clamp(-1, 1).numpy()  # what the motors can do
         return walk
 
 
@@ -360,7 +360,18 @@ def walk_reward(ants, heading, before, action):
     along = (velocity * heading).sum(1)
     across = np.abs(velocity[:, 0] * heading[:, 1] - velocity[:, 1] * heading[:, 0])
     over = ants.fallen() | (ants.felt(heading)[:, 3] < .2)  # cosine of the torso's tilt
-    return np.minimum(along, SPEED) - .5 * np.minimum(across, SPEED) - .02 * (action.clip(-1, 1) ** 2).sum(1) - 5. * over, over
+    return np.minimum(along, SPEED) - .5 * np.minimum(across, SPEED) - .02 * (action ** 2).sum(1) - 5. * over, over
+
+
+def gae(outcome, value, cut, gamma, lam):
+    """Generalised advantage estimation: each (steps, n) -> advantages (steps, n).
+
+    outcome: reward + gamma * value of where the step led; value: of where it began; cut: what comes after it belongs to something else.
+    """
+    advantage, A = torch.zeros_like(value), torch.zeros_like(value[0])
+    for t in reversed(range(len(value))):
+        A = advantage[t] = outcome[t] - value[t] + gamma * lam * A * ~cut[t]
+    return advantage
 
 
 def walker_step(walker, optimizer, rng, n=64, steps=128, epochs=4, minibatches=8, gamma=.99, lam=.95):
@@ -390,9 +401,7 @@ def walker_step(walker, optimizer, rng, n=64, steps=128, epochs=4, minibatches=8
                 ants.place(rng, rows[over.numpy()], np.zeros((int(over.sum()), 2)))
             heading[turns] = compass(turns.sum())
         felt, action, logp, value, outcome, turns = (torch.stack(column) for column in zip(*record))  # each (steps, n, ...)
-        advantage, A = torch.zeros_like(value), torch.zeros(n)
-        for t in reversed(range(steps)):  # generalised advantage estimation
-            A = advantage[t] = outcome[t] - value[t] + gamma * lam * A * ~turns[t]
+        advantage = gae(outcome, value, turns, gamma, lam)
         target = (value + advantage).flatten()
         felt, action, logp = (x.flatten(0, 1) for x in (felt, action, logp))
         advantage = ((advantage - advantage.mean()) / (advantage.std() + 1e-8)).flatten()

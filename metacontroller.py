@@ -78,6 +78,7 @@ def turned(world, g, obs, action):
     w, i, j, k = quaternion.unbind(-1)
     c, s = (g * (math.pi / 4)).cos(), (g * (math.pi / 4)).sin()  # half the angle
     quaternion = torch.stack([c * w - s * k, c * i - s * j, c * j + s * i, c * k + s * w], dim=-1)
+    quaternion = torch.where(quaternion[..., :1] < 0, -quaternion, quaternion)  # w >= 0, as in the observation
     new[..., 1:5] = quaternion.sign() * quaternion.abs().log1p()
     return new, action
 
@@ -102,11 +103,12 @@ def image_of(batch, world, symmetric, splice, shuffle):
         that was never shown.
         splice: the past is the end of another episode. Its steps are steered, too, by that episode's codes. Codes form fast.
         shuffle: the past is the episode's own, its colours exchanged at random. Nothing betrays the exchange but the colours themselves, so it is the
-        stricter teacher; but its steps cannot be steered, as no code tells of exchanged colours. An image drawn for both is shuffled.
+        stricter teacher; but its own steps are not scored, as no code tells of exchanged colours. An image drawn for both is shuffled. Late steps
+        of an episode are scored more often than early ones.
     In both any colour follows any other, also where pretraining never shows it.
 
     batch: a dict of tensors obs (B, T+1, K), action and mask (B, T), or the ant's. Returns a dict of obs (B, T, K), action, row, step (B, T): step t of image b
-    is step step[b, t] of episode row[b, t]; and mask (B, T), the steps to be steered. An image is as long as its episode.
+    is step step[b, t] of episode row[b, t]; and mask (B, T), the steps to be scored. An image is as long as its episode.
     """
     if not (symmetric or splice or shuffle):
         return None
@@ -246,7 +248,7 @@ def discovery_loss(base, meta, obs, action, mask, noise, alpha, image=None):
     obs (B, T+1, K), action, mask (B, T), noise (B, T, n_z), alpha >= 0. Soft gate: the KL counts at every step, not weighted by
     beta (E.1, continuous relaxation). Gumbel gate: it counts where the gate is open. Nothing penalises switching itself.
     image: None, or another view of the same episodes from `image_of`: the codes are read from the episode and have to steer its image. The KL
-    counts at every step of the episode, the NLL at the steps of the image that can be steered.
+    counts at every step of the episode, the NLL at the steps of the image that its mask allows.
     Returns loss and a dict: nll and kl (nats per step), z, beta.
     """
     # s sees the last observation too, after the last action. NOT in paper, which is silent: without it the last subgoal is the
@@ -254,11 +256,11 @@ def discovery_loss(base, meta, obs, action, mask, noise, alpha, image=None):
     e = base.lower(obs)  # (B, T+1, D); no gradient is recorded here, as the base is frozen (it is not in the co-training rival)
     z, beta, mu, logvar = meta(base.reading(e), mask.sum(1) + 1, noise)
     if image is None:
-        e, steering, steered = e[:, :-1], z, mask  # nothing is decided at the last observation: (B, T, D)
+        e, steering, scored = e[:, :-1], z, mask  # nothing is decided at the last observation: (B, T, D)
     else:
-        e, action, steered = base.lower(image["obs"]), image["action"], image["mask"]
+        e, action, scored = base.lower(image["obs"]), image["action"], image["mask"]
         steering = z[image["row"], image["step"]]  # (B, T, n_z)
-    nll = (action_nll(base.action_logits(meta.decoder(e, steering)), action) * steered).sum() / steered.sum()
+    nll = (action_nll(base.action_logits(meta.decoder(e, steering)), action) * scored).sum() / scored.sum()
     kl = kl_to_prior(mu, logvar)  # (B, T)
     if meta.gate == "gumbel":
         kl = kl * beta

@@ -276,6 +276,7 @@ class SequenceModel(nn.Module):
         super().__init__()
         self.cells, self.things, self.layer, self.lam, self.continuous = cells, things, layer, lam, sensors > 0
         self.read = layer if read is None else read
+        # NOT in paper: scale 1 instead of 0.1 for the sensors, too, so that e_0 has about unit variance.
         self.embed = linear(sensors, width, 1.) if sensors else ObsEmbedding(cells, things, width, relative)
         self.bias = RelativeBias(buckets, heads) if mixer == "attention" else None
         self.blocks = nn.ModuleList(Block(MIXERS[mixer](width, heads), width, hidden) for _ in range(layers))

@@ -1,5 +1,6 @@
 """Train everything: `python train.py --stage rl` runs the whole path of the paper, from nothing.
 
+    expert   -> walker.pt    the ant's expert (C.1.1); the grid's needs no training
     pretrain -> base.pt      stage 1 (C.1.2): predict experts' actions; reported against the exact Bayes bound
     control  -> control.pt   C.3: controllers of the TRUE subgoals, what all that follows is compared with
     discover -> meta.pt      stage 2 (C.4): the metacontroller finds codes and switches in the frozen base
@@ -7,7 +8,7 @@
     eval                     success of all of them on the post-training task, side by side
 
 `--rival forced` trains the metacontroller with beta = 1 (C.4.1) and internal RL on it; `--rival cotrain` trains base and metacontroller
-together, from scratch, on the loss of stage 2, and internal RL on them; `--rival raw` trains raw-action RL only.
+together on the loss of stage 2 (C.4.2: from scratch on the grid, from the pretrained base for the ant), and internal RL on them; `--rival raw` trains raw-action RL only.
 A stage whose input is missing trains it first; a finished one is reused; an interrupted one goes on where it was, bit for bit.
 Files: runs/<preset>/seed<k>/*.pt and one .jsonl of metrics per stage.
 
@@ -101,7 +102,7 @@ class Config:
     decoder_hidden: int = option(32, "meta", "hidden units of the decoder")
     read: int = option(0, "meta", "layer that metacontroller and policy read, if above the controlled one")
     gate: str = option("soft", "meta", "gate: soft, gumbel (E.1) or forced (C.4.1)")
-    joint: bool = option(False, "meta", "train the base from scratch on the loss of stage 2, together with the metacontroller (co-training)")
+    joint: bool = option(False, "meta", "train the base, too, on the loss of stage 2, together with the metacontroller (co-training)")
     alpha: float = option(0.17, "meta", "weight of the KL")
     alpha_start: int = option(0, "meta", "steps before alpha begins to grow from 0")
     alpha_ramp: int = option(1500, "meta", "steps over which alpha then grows")
@@ -150,7 +151,8 @@ PRESETS = {
                          post_task="0-1-2-3-0", rl_updates=200, rl_batch=512, rl_lr=1e-3, std_lr=1e-2, raw_lr=3e-4, rl_epochs=2, evaluations=10),
     # The paper's gridworld, sizes and rates: A.1, Tables A4, A7, A9, A13, A16. What remains different is marked NOT in paper.
     "grid-paper": Config(),
-    # The paper's ant, sizes and rates: A.2, Tables A5, A8, A10, A14.
+    # The paper's ant, sizes and rates: A.2, Tables A5, A8, A10, A14. NOT in paper, which does not say how many demonstrations there are: 200,000,
+    # each seen about 500 times. Not tried at full length.
     "ant-paper": Config(body="ant", G=4, O=4, W=1, T=500, task_set="singles", mixer="hawk", layers=8, heads=8, lam=10., base_steps=204_800, base_batch=512,
                         layer=4, rank=0, control_batch=256, control_lr=3e-4, meta_rank=0, meta_steps=32_000, meta_batch=128, meta_lr=3e-4,
                         rl_batch=256, rl_updates=51_200, demonstrations=200_000),
@@ -170,6 +172,7 @@ CHOICES = {"gate": ("soft", "gumbel", "forced"), "mixer": ("attention", "hawk"),
            "device": ("auto", "cpu", "cuda"), "compile": ("auto", "off", "inductor", "cudagraphs")}
 
 
+HELD_OUT = 512  # of the ant's demonstrations, the first so many episodes are for evaluation only
 ASSETS = Path(__file__).parent / "assets"  # <preset>/seed<k>/ holds the checkpoints that come with the repository
 
 
@@ -191,6 +194,9 @@ def check(cfg):
             raise Refused(f"--{name} must {'not be negative' if name in may_be_zero else 'be positive'}, and is {value}")
     if cfg.width % cfg.heads or cfg.policy_width % 8:
         raise Refused(f"--width {cfg.width} must be a multiple of --heads {cfg.heads}, and --policy_width {cfg.policy_width} of 8")
+    if cfg.body == "ant" and (cfg.demonstrations <= HELD_OUT or cfg.eps):
+        raise Refused(f"--demonstrations {cfg.demonstrations} must be more than the {HELD_OUT} held out, and --eps {cfg.eps} is for the grid: "
+                      f"the ant's demonstrations have the walker's own noise")
     if not 2 <= cfg.buckets <= 128:
         raise Refused(f"--buckets {cfg.buckets} must be between 2 and 128")
     if not 0 <= cfg.layer <= cfg.layers:
@@ -230,6 +236,8 @@ def suffix(run):
 def fingerprint(run, name):
     """The configuration fields that checkpoint `name` depends on."""
     groups = DEPENDS[name.split("-")[0]]
+    if run.cfg.body == "point":
+        groups = [group for group in groups if group not in ("walker", "demonstrations")]
     values = {f.name: getattr(run.cfg, f.name) for f in dataclasses.fields(Config) if f.metadata["group"] in groups}
     return {"preset": run.preset, "seed": run.cfg.seed, **values}
 
@@ -368,10 +376,11 @@ def choose_device(run):
     run.device = torch.device(("cuda" if cuda else "cpu") if cfg.device == "auto" else cfg.device)
     print(f"device {run.device} ({'asked for' if cfg.device != 'auto' else 'CUDA found' if cuda else 'no CUDA found'}), "
           f"{torch.get_num_threads()} CPU threads")
-    earlier = [saved["dtype"] for name in run.names if (saved := read_checkpoint(run, name))] if cfg.dtype == "auto" else []
+    unfinished = [saved["dtype"] for name in run.names if (saved := read_checkpoint(run, name)) and not saved["done"]]
+    earlier = unfinished if cfg.dtype == "auto" else []
     if earlier:  # a timing must not change the precision in the middle of a training
         run.dtype = {"torch.float32": torch.float32, "torch.bfloat16": torch.bfloat16}[earlier[0]]
-        print(f"dtype {run.dtype} (as in the checkpoints found)")
+        print(f"dtype {run.dtype} (as in the unfinished checkpoint)")
     elif cfg.dtype == "auto":
         seconds = {}
         for dtype in (torch.float32, torch.bfloat16):  # check, do not guess: without hardware support bfloat16 is 100 times slower
@@ -463,9 +472,8 @@ def expert(run):
     """The ant's walker (C.1.1), by PPO; its success at the pinpad's own tasks is reported on the way. Returns it frozen."""
     cfg, world = run.cfg, world_of(run.cfg)
     seed_everything(cfg.seed, "init", 4)
-    walker = Walker().to(run.device)
+    walker = Walker()  # on the CPU, as the physics
     optimizer = adamw(walker.parameters(), cfg.walker_lr, 0.)
-    use_shipped(run, "walker")
     first, seconds, done = resume(run, "walker", walker, optimizer)
     if not done:
         saver = Saver(run, "walker", walker, optimizer, seconds)
@@ -492,9 +500,6 @@ def expert_success(run, walker, tasks, n=256, noise=1.):
     return simulate(world, [tasks[i % len(tasks)] for i in range(n)], things, agent, act, rng)[1].mean()
 
 
-HELD_OUT = 512  # of the ant's demonstrations, the first so many episodes are for evaluation only
-
-
 class Demonstrations:
     """The ant's demonstrations of one kind, "noisy" (the walker's own noise) or "clean" (C.4.4: its mean action).
 
@@ -513,7 +518,7 @@ class Demonstrations:
             if made.get(field) != ours:
                 raise Refused(f"{folder} was made with {field}={made.get(field)}, this run asks for {field}={ours}: delete it, or use another --out")
         self.rest = dict(np.load(folder / "rest.npz"))
-        self.begin = np.concatenate([[0], np.cumsum(self.rest["length"] + 1)])  # an episode of T steps holds T+1 observations
+        self.begin = np.concatenate([[0], np.cumsum(self.rest["length"] + 1, dtype=np.int64)])  # an episode of T steps holds T+1 observations
         self.sensed, self.action = (np.memmap(folder / f"{name}.f32", np.float32, "r").reshape(self.begin[-1], -1) for name in ("sensed", "action"))
 
     @staticmethod
@@ -524,19 +529,23 @@ class Demonstrations:
         with open(folder / "sensed.f32", "wb") as sensed, open(folder / "action.f32", "wb") as action:
             for k, n in enumerate(tqdm(portions, desc=f"{kind} demonstrations", unit="portion")):
                 rng = seed_everything(run.cfg.seed, "demonstrations", 2 * k + (kind == "clean"))
-                data = generate(world, rng, n, walk=walker.walk(kind == "noisy"))
+                try:
+                    data = generate(world, rng, n, walk=walker.walk(kind == "noisy"))
+                except ValueError as error:  # it hardly ever arrives
+                    raise Refused(f"{error}; the walker needs more --walker_updates") from None
                 seen = np.arange(data.sensed.shape[1]) <= data.length[:, None]  # (n, T+1)
                 data.sensed[seen].tofile(sensed)
                 np.pad(data.action, ((0, 0), (0, 1), (0, 0)))[seen].tofile(action)  # no action follows the last observation
                 rest.append(dataclasses.replace(data, action=data.action[..., 0], sensed=None))
         rest = concatenate(rest)
-        np.savez(folder / "rest.npz", **{f.name: getattr(rest, f.name) for f in dataclasses.fields(rest) if f.name not in ("action", "sensed")})
+        np.savez(folder / "rest.npz", **{f.name: getattr(rest, f.name).astype(np.int16) for f in dataclasses.fields(rest)
+                                         if f.name not in ("action", "sensed")})
         write_atomically(folder / "made.json", json.dumps(wanted).encode())  # last: a folder without it is made again
 
     def __getitem__(self, rows):
-        length = self.rest["length"][rows]
+        length = self.rest["length"][rows].astype(np.int64)
         steps = self.begin[rows][:, None] + np.minimum(np.arange(length.max() + 1), length[:, None])  # (n, T+1); padding repeats the last
-        parts = {name: value[rows] for name, value in self.rest.items()}
+        parts = {name: value[rows].astype(np.int64) for name, value in self.rest.items()}
         data = Trajectories(**parts, action=self.action[steps[:, :-1]], sensed=self.sensed[steps])
         T = length.max()
         return dataclasses.replace(data, agent=data.agent[:, :T + 1], **{name: getattr(data, name)[:, :T] for name in ("target", "progress", "subgoal", "segment")})
@@ -608,7 +617,6 @@ def pretrain(run):
     seed_everything(cfg.seed, "init", 0)
     base = new_base(run)
     optimizer = adamw(base.parameters(), cfg.base_lr, cfg.base_wd)
-    use_shipped(run, "base")
     first, seconds, done = resume(run, "base", base, optimizer, parent)
     if not done:
         test, bayes, known = evaluation_data(run, cfg.eps)
@@ -787,6 +795,8 @@ def evaluate(run):
     fresh_rng = lambda: seed_everything(EVAL_SEED, "eval", 3)
     alone = lambda model, rng: play(model, world, [world.post_task] * n, rng)[1]
     coded = lambda base, meta, policy=None: internal_episodes(base, meta, world, fresh_rng(), n, policy)[1]
+    if not kind and world.body == "ant" and finished(run, "walker"):
+        rows["expert_success"] = "the ant's expert, told the task (C.1.1)", expert_success(run, expert(run), [world.post_task], n)
     if not kind and finished(run, "base"):
         base, rng = pretrain(run), fresh_rng()
         # Blind success is rare: 20 times as many episodes.
@@ -870,6 +880,8 @@ def main(argv=None):
         for name in run.names:
             read_checkpoint(run, name)  # refuse bad files now, not after an hour of training
         print(f"{run.preset}, seed {run.cfg.seed}: " + " ".join(f"{k}={v}" for k, v in dataclasses.asdict(run.cfg).items()))
+        for name in run.names:
+            use_shipped(run, name)
         choose_device(run)
         if stage == "rl" and rival == "raw":
             raw(run)

@@ -1,8 +1,9 @@
 """The ant: its body, its rules, its observation."""
 import warnings
 
-from envs import CELL, HEIGHT, AntWorlds, Ants, World, ant_model, cell_centres, sample_layouts, generate, simulate  # before mujoco: sets MUJOCO_GL
-from internal_rl import Walker
+from envs import (CELL, HEIGHT, AntWorlds, Ants, World, ant_expert, ant_model, cell_centres, distances, generate, neighbour_table,
+                  sample_layouts, simulate)  # before mujoco: sets MUJOCO_GL
+from internal_rl import Walker, gae
 from metacontroller import exchanged, turned
 import train
 
@@ -37,8 +38,9 @@ def test_gymnasium_finds_no_fault():
         warnings.simplefilter("error")
         check_env(gym.make("AntPinpad-v0").unwrapped, skip_render_check=True)
     assert gym.make("AntPinpad-v0").observation_space.shape == (41,)
-    with pytest.raises(ValueError, match="body"):
-        gym.make("AntPinpad-v0", body="point")
+    for name, body in (("AntPinpad-v0", "point"), ("GridPinpad-v0", "ant")):
+        with pytest.raises(ValueError, match="body"):
+            gym.make(name, body=body)
 
 
 def test_the_body_is_the_classic_one():
@@ -100,6 +102,68 @@ def test_the_range_of_heights():
     ants = Ants(4, threads=1)
     ants.qpos[:, 2] = HEIGHT[0] - .01, HEIGHT[0], HEIGHT[1], HEIGHT[1] + .01
     assert ants.fallen().tolist() == [True, False, False, True]
+
+
+def test_an_ant_whose_physics_diverges_fails_and_stays_finite():
+    w = worlds(2)
+    w.ants.qvel[0] = 1e12
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _, terminated, _ = w.step(np.zeros((2, 8)))
+    assert terminated.tolist() == [True, False] and np.isfinite(w.obs()).all()
+
+
+def test_orientation_has_one_sign():
+    w = worlds(1)
+    before = w.obs()
+    w.ants.qpos[:, 3:7] *= -1  # the same orientation
+    assert np.allclose(before, w.obs()) and before[0, 1] >= 0
+
+
+def test_the_expert_walks_shortest_paths_around_walls_and_wrong_colours():
+    """A walker that is carried: each step it moves .4 m along its heading. It must never fail where there is a path, and take the shortest."""
+    n, r = 64, rng(3)
+    things, agent = sample_layouts(WORLD, r, n)
+    dist, stuck = distances(WORLD, things), np.zeros(n, bool)
+    tasks = [WORLD.tasks[i % 16] for i in range(n)]
+    w = AntWorlds(WORLD, tasks, things, agent, r, threads=1)
+    act = ant_expert(WORLD, dist, r, lambda felt: felt, stuck)
+    headings = []
+    w.ants.felt = lambda heading: headings.append(heading) or heading
+    entered = np.zeros(n, int)
+    while not w.done.all():
+        alive = np.flatnonzero(~w.done)
+        act(w, alive)
+        xy, cell = w.ants.qpos[:, :2].copy(), w.agent.copy()
+        w.ants.place(r, alive, xy[alive] + .4 * headings[-1][alive])
+        w.ants.qpos[alive, 2] = .6
+        w.ants.step = lambda rows, action: None  # carried, not walking
+        w.step(np.zeros((n, 8)))
+        entered += w.agent != cell
+    assert (w.success | stuck).all() and w.success.mean() > .7
+    shortest = np.zeros(n, int)
+    for k in range(n):
+        here = agent[k]
+        for colour in tasks[k]:
+            ahead = neighbour_table(4)[here]
+            shortest[k] += 1 + dist[k, colour, ahead[ahead != here]].min()
+            here = things[k, colour]
+    assert (entered == shortest)[w.success].all()
+
+
+def test_generalised_advantage_is_the_sum_it_stands_for():
+    torch.manual_seed(0)
+    outcome, value, cut = torch.randn(7, 3), torch.randn(7, 3), torch.rand(7, 3) < .3
+    advantage = gae(outcome, value, cut, .9, .8)
+    for n in range(3):
+        for t in range(7):
+            total, weight = 0., 1.
+            for k in range(t, 7):
+                total += weight * (outcome[k, n] - value[k, n])
+                weight *= .9 * .8
+                if cut[k, n]:
+                    break
+            assert torch.isclose(advantage[t, n], torch.as_tensor(total), atol=1e-5)
 
 
 def test_the_horizon():
