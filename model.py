@@ -177,6 +177,30 @@ def scan(a, b, h0):
     return b
 
 
+class Recurrence(torch.autograd.Function):
+    """The same, one step after the other, with the backward pass written out: on CPU 4 to 14 times as fast as `scan` (T = 32 to 250), which is for GPUs.
+
+    Backwards it is the same recurrence in reversed time: what h_t is worth, g_t = dL/dh_t + a_t+1 g_t+1, gives dL/da_t = g_t h_t-1, dL/db_t = g_t.
+    """
+
+    @staticmethod
+    def forward(ctx, a, b, h0):
+        a, b = a.transpose(0, 1).contiguous(), b.transpose(0, 1).contiguous()  # (T, B, W)
+        h = torch.cat([h0[None], torch.empty_like(b)])  # (T + 1, B, W)
+        for t in range(len(a)):
+            torch.addcmul(b[t], a[t], h[t], out=h[t + 1])
+        ctx.save_for_backward(a, h)
+        return h[1:].transpose(0, 1)  # (B, T, W)
+
+    @staticmethod
+    def backward(ctx, grad):
+        a, h = ctx.saved_tensors
+        g = grad.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+        for t in reversed(range(len(a) - 1)):
+            g[t].addcmul_(a[t + 1], g[t + 1])
+        return (g * h[:-1]).transpose(0, 1), g.transpose(0, 1), a[0] * g[0]
+
+
 class BoundedSqrt(torch.autograd.Function):
     """sqrt whose gradient 1 / (2 sqrt(x)) is cut at 1000: sqrt(1 - a^2) has an infinite slope where the decay a reaches 1."""
 
@@ -215,7 +239,7 @@ class RGLRU(nn.Module):
         log_a = -8 * F.softplus(self.log_lambda) * torch.sigmoid(r).reshape(B, T, W)
         gain = BoundedSqrt.apply(-torch.expm1(2 * log_a))  # sqrt(1 - a^2), exact also where a is near 1
         b = gain * torch.sigmoid(i).reshape(B, T, W) * x
-        return scan(log_a.exp(), b, h0)
+        return (scan if x.is_cuda else Recurrence.apply)(log_a.exp(), b, h0)
 
 
 class Hawk(nn.Module):

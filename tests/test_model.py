@@ -7,7 +7,7 @@ import torch
 
 import train
 from envs import World, exact_bounds, generate, one_hot
-from model import (RGLRU, BoundedSqrt, SequenceModel, action_nll, obs_nll, pretraining_loss, relative_buckets, scan, scan_loop)
+from model import (RGLRU, BoundedSqrt, Recurrence, SequenceModel, action_nll, obs_nll, pretraining_loss, relative_buckets, scan, scan_loop)
 
 WORLD = World(G=4, O=5, W=1, T=30, task_set="errands")
 
@@ -142,16 +142,20 @@ def test_relative_buckets_are_exact_when_near_and_coarse_when_far():
 
 # ---------------------------------------------------------------------------------------------- Hawk
 
-def test_doubling_scan_equals_the_loop_gradients_included():
+@pytest.mark.parametrize("fast", [scan, Recurrence.apply], ids=["doubling", "written out"])
+def test_both_fast_scans_equal_the_loop_gradients_included(fast):
     torch.manual_seed(0)
     for T in (1, 2, 7, 64):
         inputs = [torch.rand(3, T, 5, dtype=torch.double), torch.randn(3, T, 5, dtype=torch.double), torch.randn(3, 5, dtype=torch.double)]
         inputs = [x.requires_grad_() for x in inputs]
-        results = [f(*inputs) for f in (scan, scan_loop)]
+        results = [f(*inputs) for f in (fast, scan_loop)]
         assert torch.allclose(*results)
         weight = torch.randn_like(results[0])
         for mine, theirs in zip(*(torch.autograd.grad((y * weight).sum(), inputs) for y in results)):
             assert torch.allclose(mine, theirs)
+        grad, kept = weight.clone().transpose(0, 1).contiguous().transpose(0, 1), weight.clone()
+        fast(*inputs).backward(grad)
+        assert torch.equal(grad, kept)  # someone else may need the incoming gradient, too
 
 
 def test_recurrence_is_the_published_one():
