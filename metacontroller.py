@@ -40,7 +40,7 @@ class Decoder(nn.Module):
         self.net = mlp(n_z, hidden, 2 * width * rank if rank else width * width)
 
     def factors(self, z):
-        """z (..., n_z) -> left (..., D, r) and right (..., r, D) with U = left @ right. Full matrix: left is None."""
+        """z (..., n_z) -> left (..., D, r) and right (..., r, D) with U = left @ right. Full matrix: left is None, right is U (..., D, D)."""
         flat = self.net(z)
         if not self.rank:
             return None, flat.view(*z.shape[:-1], self.width, self.width)
@@ -49,9 +49,15 @@ class Decoder(nn.Module):
 
     def forward(self, e, z):
         """Eq. 11: e (..., D), z (..., n_z) -> e + U e. With rank r this costs 2 D r per step; U itself would cost D^2."""
-        left, right = self.factors(z)
-        y = right @ e[..., None]  # (..., r, D) @ (..., D, 1) -> (..., r, 1);  full: (..., D, 1)
-        return e + (y if left is None else left @ y)[..., 0]
+        if self.rank:
+            left, right = self.factors(z)
+            return e + (left @ (right @ e[..., None]))[..., 0]  # (..., r, D) @ (..., D, 1) -> (..., r, 1) -> (..., D, 1)
+        # U is linear in the hidden units, U = sum_h hidden_h W_h + bias: W_h e for all h at once, then their sum. D H numbers per step, not D^2.
+        D, last = self.width, self.net[2]
+        hidden = self.net[1](self.net[0](z))  # (..., H)
+        W = last.weight.view(D, D, -1).transpose(0, 1).reshape(D, -1)  # (D out, D in, H) -> (D in, D out * H)
+        each = (e @ W).view(*e.shape, -1)  # (..., D, H)
+        return e + (each @ hidden[..., None])[..., 0] + e @ last.bias.view(D, D).T
 
     def matrix(self, z):
         """U itself, (..., D, D): for tests and for looking at it."""
