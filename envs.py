@@ -335,14 +335,16 @@ def ant_model(tiles=()):
 
 
 class Ants:
-    """The physics of N ants on an endless plane, stepped together on native threads (0: all cores).
+    """The physics of N ants on an endless plane, stepped together on native threads: `threads`, or Ants.threads; 0 means all cores.
 
     qpos (N, 15): x, y, z, orientation as a quaternion, 8 joint angles; qvel (N, 14): velocity and angular velocity of the torso, 8 joint
     velocities. Both are live views: metres, radians, seconds.
     """
 
-    def __init__(self, n, threads=0):
-        self.sim = mujoco.batch.Batch(ant_model(), n, threads)
+    threads = 0
+
+    def __init__(self, n, threads=None):
+        self.sim = mujoco.batch.Batch(ant_model(), n, Ants.threads if threads is None else threads)
         self.qpos, self.qvel, self.ctrl = (self.sim.bind(name) for name in ("qpos", "qvel", "ctrl"))
 
     def place(self, rng, rows, xy):
@@ -399,7 +401,7 @@ class AntWorlds(GridWorlds):
     paper, which is silent: it fails if the centre leaves the board, which has no rim. And obs() is a vector of floats (see AntPinpad).
     """
 
-    def __init__(self, world, tasks, things, agent, rng, threads=0):
+    def __init__(self, world, tasks, things, agent, rng, threads=None):
         super().__init__(world, tasks, things, agent)
         self.centres, self.half = cell_centres(world.G), world.G * CELL / 2
         self.ants = Ants(len(agent), threads)
@@ -431,7 +433,7 @@ class AntWorlds(GridWorlds):
         return self._enter(cell, ~self.done & (off | in_wall | self.ants.fallen()))
 
 
-def start(world, tasks, things, agent, rng, threads=0):
+def start(world, tasks, things, agent, rng, threads=None):
     """N worlds at the start of an episode each: GridWorlds, or AntWorlds with poses drawn from rng. Layouts as from `sample_layouts`."""
     if world.body == "ant":
         return AntWorlds(world, tasks, things, agent, rng, threads)

@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from envs import Trajectories, World, ant_expert, concatenate, distances, exact_bounds, generate, sample_layouts, simulate
+from envs import Ants, Trajectories, World, ant_expert, concatenate, distances, exact_bounds, generate, sample_layouts, simulate
 from internal_rl import (Policy, Walker, code_identity, control_success, internal_episodes, internal_rl_step, play, raw_rl_step, walker_step)
 from metacontroller import Decoder, Metacontroller, control_loss, discovery_loss, gate_scores, image_of
 from model import SequenceModel, pretraining_loss
@@ -226,6 +226,7 @@ class Run:
     names: tuple = ()  # the checkpoints that this invocation reads or writes
     extend: bool = True  # may a finished RL go on, if more updates are asked for?
     fresh: bool = False  # train also what comes with the repository
+    walker: Walker | None = None  # the ant's, once it has been loaded
 
 
 def suffix(run):
@@ -372,6 +373,7 @@ def choose_device(run):
     cfg = run.cfg
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
+        Ants.threads = cfg.threads
     cuda = torch.cuda.is_available()
     run.device = torch.device(("cuda" if cuda else "cpu") if cfg.device == "auto" else cfg.device)
     print(f"device {run.device} ({'asked for' if cfg.device != 'auto' else 'CUDA found' if cuda else 'no CUDA found'}), "
@@ -470,6 +472,8 @@ CHUNK = 32  # batches drawn at once, so that episodes of similar length share a 
 
 def expert(run):
     """The ant's walker (C.1.1), by PPO; its success at the pinpad's own tasks is reported on the way. Returns it frozen."""
+    if run.walker is not None:
+        return run.walker
     cfg, world = run.cfg, world_of(run.cfg)
     seed_everything(cfg.seed, "init", 4)
     walker = Walker()  # on the CPU, as the physics
@@ -489,7 +493,8 @@ def expert(run):
                 log(run, "walker", bar, ("speed", "std", *rates), step=step + 1, seconds=saver.seconds(), **report, **rates)
             saver.step(step + 1, done)
         bar.close()
-    return walker.requires_grad_(False).eval()
+    run.walker = walker.requires_grad_(False).eval()
+    return run.walker
 
 
 def expert_success(run, walker, tasks, n=256, noise=1.):

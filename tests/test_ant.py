@@ -1,9 +1,10 @@
 """The ant: its body, its rules, its observation."""
+import functools
 import warnings
 
 from envs import (CELL, HEIGHT, AntWorlds, Ants, World, ant_expert, ant_model, cell_centres, distances, generate, neighbour_table,
                   sample_layouts, simulate)  # before mujoco: sets MUJOCO_GL
-from internal_rl import Walker, gae
+from internal_rl import Walker, gae, walker_step
 from metacontroller import exchanged, turned
 import train
 
@@ -278,14 +279,15 @@ def staggering(world, rng, n, eps=0., walk=None):
 
 def test_an_interrupted_walker_equals_an_uninterrupted_one(tmp_path, monkeypatch):
     line = [*SHORT, "--stage", "expert", "--save_seconds", "0", "--out"]
+    few, calls = functools.partial(walker_step, n=8, steps=16), []
+    monkeypatch.setattr(train, "walker_step", few)
     assert train.main([*line, str(tmp_path / "whole")]) == 0
-    genuine, calls = train.walker_step, []
 
     def interrupted(*args):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return genuine(*args)
+        return few(*args)
     monkeypatch.setattr(train, "walker_step", interrupted)
     assert train.main([*line, str(tmp_path / "parts")]) == 130 and train.main([*line, str(tmp_path / "parts")]) == 0
     whole, parts = (torch.load(tmp_path / out / "ant-paper/seed0/walker.pt", weights_only=True)["model"] for out in ("whole", "parts"))
@@ -296,6 +298,7 @@ def test_an_interrupted_walker_equals_an_uninterrupted_one(tmp_path, monkeypatch
 
 def test_every_stage_runs_on_recorded_ants(tmp_path, monkeypatch, capsys):
     calls = []
+    monkeypatch.setattr(train, "walker_step", functools.partial(walker_step, n=8, steps=16))
     monkeypatch.setattr(train, "generate", lambda world, *args, **more: calls.append(world.body) or
                         (staggering if world.body == "ant" else generate)(world, *args, **more))
     for rival in ("none", "forced", "cotrain"):
