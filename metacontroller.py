@@ -277,17 +277,17 @@ def discovery_loss(base, meta, obs, action, mask, noise, alpha, image=None):
 def gate_scores(beta, true, mask):
     """How well the gate finds the subgoal changes. beta (B, T) in [0, 1]; true, mask (B, T) bool, `true` as Trajectories.switches.
 
-    A switch is beta > 0.5 at t > 0. Exact scores ask for the same step; f1_1 counts a switch and a true switch as matching if they
-    are at most one step apart. "undecided" is the share of gates in (.1, .9).
+    A switch is beta > 0.5 at t > 0. Exact scores ask for the same step; f1_1 and f1_5 count a switch and a true switch as matching if they
+    are at most one, or five, steps apart. "undecided" is the share of gates in (.1, .9).
     """
     mask = mask.clone()
     mask[:, 0] = False
     found, true = (beta > .5) & mask, true & mask
-    near = lambda x: F.max_pool1d(x[:, None].float(), 3, stride=1, padding=1)[:, 0] > 0  # (B, T): at a switch or beside one
+    near = lambda x, k: F.max_pool1d(x[:, None].float(), 2 * k + 1, stride=1, padding=k)[:, 0] > 0  # (B, T): at most k steps from a switch
     ratio = lambda hits, of: (hits.sum() / of.sum().clamp(min=1)).item()
     f1 = lambda p, r: 2 * p * r / max(p + r, 1e-9)
     precision, recall = ratio(found & true, found), ratio(found & true, true)
     return {"switches": found.sum().item() / len(mask), "true_switches": true.sum().item() / len(mask),
             "precision": precision, "recall": recall, "f1": f1(precision, recall),
-            "f1_1": f1(ratio(found & near(true), found), ratio(true & near(found), true)),
+            **{f"f1_{k}": f1(ratio(found & near(true, k), found), ratio(true & near(found, k), true)) for k in (1, 5)},
             "undecided": ratio((beta > .1) & (beta < .9) & mask, mask)}

@@ -284,3 +284,7 @@ def test_gate_scores_by_hand():
     assert scores["precision"] == .5 and scores["recall"] == .5 and scores["f1"] == .5
     assert scores["f1_1"] == 1.  # 5 is one step from 4
     assert np.isclose(scores["undecided"], 2 / 5)  # .8 and .5 of the five gates after t=0
+    far, wide = torch.zeros(1, 20), torch.ones(1, 20, dtype=torch.bool)
+    far[0, 3], far[0, 12], true = 1., 1., wide & (torch.arange(20) == 8)
+    scores = gate_scores(far, true, wide)  # found at 3 and 12, true at 8: five and four steps away
+    assert scores["f1"] == scores["f1_1"] == 0 and scores["f1_5"] == 1.
