@@ -294,6 +294,12 @@ def control_success(base, decoder, world, rng, n):
     return success.mean().item()
 
 
+def first_colour(world, data):
+    """(N,): the colour that each episode of a one-colour task ended on, -1 for none."""
+    match = data.things[:, :world.O] == data.agent[np.arange(len(data.length)), data.length][:, None]  # (N, O)
+    return np.where(match.any(1), match.argmax(1), -1)
+
+
 def code_identity(base, decoder, world, rng, codes=256, layouts=64, n_z=8):
     """Mutual information, in nats, between a prior code and the subgoal that it leads to; and its maximum, ln S.
 
@@ -312,10 +318,7 @@ def code_identity(base, decoder, world, rng, codes=256, layouts=64, n_z=8):
         n = len(agent)
         state = {"z": z.repeat_interleave(layouts, dim=0)}  # (portion * layouts, n_z)
         data, _, _ = play(base, world, [task] * n, rng, steer_by_code(decoder), state, (things, agent))
-        last = data.agent[np.arange(n), data.length]
-        match = data.things[:, :world.O] == last[:, None]  # (n, O)
-        colour = np.where(match.any(1), match.argmax(1), -1)
-        outcome += [starts.get(c, len(starts)) for c in colour]
+        outcome += [starts.get(c, len(starts)) for c in first_colour(world, data)]
     outcome, n = np.array(outcome).reshape(codes, layouts), codes * layouts
     table = np.stack([(outcome == g).sum(1) for g in range(len(starts) + 1)], axis=1)  # (codes, S + 1) counts
     table = table[:, table.sum(0) > 0]
@@ -324,6 +327,34 @@ def code_identity(base, decoder, world, rng, codes=256, layouts=64, n_z=8):
     information = (joint * np.log(np.where(joint > 0, joint / expected, 1))).sum()
     bias = ((table > 0).sum() - table.shape[0] - table.shape[1] + 1) / (2 * n)
     return float(information - bias), math.log(len(starts))
+
+
+
+def transplant(base, meta, world, rng, n, at):
+    """Code transplant (B.3.2): do codes that led to a colour lead to it elsewhere, when they are put in after `at` steps?
+
+    Donors: n episodes under a code from the prior each, held from the start; those that reach a colour give their code to it. Recipients: n other worlds in which the
+    base model plays by itself, and goes on under a donor's code of a random colour from step `at` on. Returns the share that visits this
+    colour first, with the code and without, among the recipients still playing at step `at` (without: the same worlds, another sample of actions).
+    """
+    device = base.norm.weight.device
+    z = torch.randn(n, meta.n_z, device=device)
+    data, _, _ = play(base, world, [world.subgoals[0][:1]] * n, rng, steer_by_code(meta.decoder), {"z": z})
+    colour = first_colour(world, data)
+    giving = np.intersect1d(colour, [subgoal[0] for subgoal in world.subgoals])  # the colours that begin a subgoal and were reached
+    if not len(giving):
+        return 0., 0.  # no code leads anywhere
+    wanted = rng.choice(giving, n)
+    donor = torch.tensor([rng.choice(np.flatnonzero(colour == c)) for c in wanted], device=device)
+    layouts, rates = sample_layouts(world, rng, n), []
+    for with_code in (True, False):
+        def steer(e, reading, state, worlds, rows):
+            steered = meta.decoder(e, state["z"])
+            return torch.where(torch.from_numpy(worlds.steps[rows] >= at).to(device)[:, None], steered, e) if with_code else e
+        data, success, _ = play(base, world, [(c,) for c in wanted.tolist()], rng, steer, {"z": z[donor]}, layouts)
+        playing = data.length > at
+        rates.append(float(success[playing].mean()) if playing.any() else 0.)
+    return tuple(rates)
 
 
 # ------------------------------------------------------------------------------------------------ 7. walker (C.1.1)

@@ -36,7 +36,8 @@ import torch
 from tqdm import tqdm
 
 from envs import Ants, Trajectories, World, ant_expert, concatenate, distances, exact_bounds, generate, sample_layouts, simulate
-from internal_rl import (Policy, Walker, code_identity, control_success, internal_episodes, internal_rl_step, play, raw_rl_step, walker_step)
+from internal_rl import (Policy, Walker, code_identity, control_success, internal_episodes, internal_rl_step, play, raw_rl_step, transplant,
+                         walker_step)
 from metacontroller import Decoder, Metacontroller, control_loss, discovery_loss, gate_scores, image_of
 from model import SequenceModel, pretraining_loss
 
@@ -816,6 +817,10 @@ def evaluate(run):
             rows["control_success"] = "true-subgoal controllers (C.3)", control_success(base, control(run), world, fresh_rng(), n)
     if finished(run, "meta" + kind):
         rows["code_success"] = "codes from the prior, before RL", coded(*discover(run))
+    if not kind and world.body == "ant" and finished(run, "meta"):
+        with_code, without = transplant(*discover(run), world, fresh_rng(), n, at=30)  # B.3.2
+        rows["transplant_with"] = "a colour's code put in at step 30 leads to it", with_code
+        rows["transplant_without"] = "the same without the code", without
     if finished(run, "policy" + kind):
         title = {"": "internal RL", "-forced": "internal RL, forced switching", "-cotrain": "internal RL, co-trained base"}[kind]
         rows["rl_success"] = title, coded(*rl(run))

@@ -1,5 +1,6 @@
 """Acting and RL: what is remembered between steps, when the policy is asked, and who gets the credit."""
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 import internal_rl
 from envs import World, generate
 from internal_rl import (InternalEnvironment, Policy, clipped_loss, code_identity, control_success, gaussian_logp, internal_episodes,
-                         internal_rl_step, play, raw_rl_step, relative_advantage, sequence_logp, steer_by_subgoal)
+                         internal_rl_step, play, raw_rl_step, relative_advantage, sequence_logp, steer_by_subgoal, transplant)
 from metacontroller import Decoder, Metacontroller
 from model import SequenceModel
 
@@ -229,7 +230,6 @@ def test_code_identity_knows_names_from_places(monkeypatch):
             things, agent = layouts
             target = rule(state["z"].numpy(), things, np.random.default_rng(0))
             cells = things[np.arange(len(things)), target]
-            from types import SimpleNamespace
             data = SimpleNamespace(agent=np.stack([agent, cells], 1), length=np.ones(len(agent), int), things=things)
             return data, None, None
         monkeypatch.setattr(internal_rl, "play", fake_play)
@@ -243,3 +243,32 @@ def test_code_identity_knows_names_from_places(monkeypatch):
     distance = lambda a, b: np.abs(a // 5 - b // 5) + np.abs(a % 5 - b % 5)
     places, _ = outcome_by(lambda z, things, rng: distance(things[:, :4], corner[quadrant(z)][:, None]).argmin(1))
     assert places < .15 * most
+
+
+def test_transplanted_codes_act_from_their_step_on_and_are_compared_with_none(monkeypatch):
+    """A world in which the sign of z_1 alone decides which of two colours is visited, if the code is in use; else one is visited at random."""
+    base, meta, _ = parts()
+    calls = []
+
+    def fake_play(base, world, tasks, rng, steer, state, layouts=None):
+        things, agent = layouts or internal_rl.sample_layouts(world, rng, len(tasks))
+        e, rows = torch.ones(len(tasks), 32), np.arange(len(tasks))
+        acts_at = [not torch.equal(steer(e, e, state, SimpleNamespace(steps=np.full(len(rows), t)), rows), e) for t in (0, 4, 5, 9)]
+        calls.append(acts_at)
+        colour = (state["z"][:, 0].numpy() > 0).astype(int) if acts_at[-1] else rng.integers(2, size=len(tasks))
+        length = np.where(rows % 4 == 0, 3, 8)  # some end before the code is put in
+        cells = np.stack([agent] * 8 + [agent], axis=1)
+        cells[rows, length] = things[rows, colour]
+        return SimpleNamespace(agent=cells, length=length, things=things), colour == np.array([task[0] for task in tasks]), None
+
+    monkeypatch.setattr(internal_rl, "play", fake_play)
+    with_code, without = transplant(base, meta, WORLD, rng(), 400, at=5)
+    assert calls == [[True] * 4, [False, False, True, True], [False] * 4]  # donors; recipients from step 5 on; none
+    assert with_code == 1. and abs(without - .5) < .1
+
+
+def test_an_untrained_decoder_transplants_nothing():
+    base, meta, _ = parts()
+    meta.decoder = Decoder(3, 32, 4)  # too weak to steer
+    with_code, without = transplant(base, meta, WORLD, rng(), 600, at=2)
+    assert 0 < without < .5 and abs(with_code - without) < .1
