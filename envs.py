@@ -563,6 +563,12 @@ class AntPinpad(Pinpad):
             return draw_ant(self.world, self.worlds.things[0], self.worlds.ants.qpos[0])
 
 
+def pose_of(world, obs):
+    """The pose qpos (15,) of an ant from what it saw, obs (F,): the table of AntPinpad backwards."""
+    unlog = lambda x: np.sign(x) * np.expm1(np.abs(x))
+    return np.concatenate([obs[27:29] * world.G * CELL / 2, unlog(obs[:13])])
+
+
 def draw_ant(world, things, qpos, size=256):
     """An RGB picture (size, size, 3) uint8 of one ant qpos (15,) on its board: coloured floor, walls as boxes. Needs OpenGL (EGL), no display."""
     rgba = lambda k: (*(PALETTE[k % len(PALETTE)] / 255).tolist(), 1.) if k < world.O else (.25, .25, .25, 1.)

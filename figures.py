@@ -23,7 +23,7 @@ import torch
 from matplotlib.animation import FuncAnimation, PillowWriter
 
 import train
-from envs import PALETTE, draw_grid, generate
+from envs import PALETTE, draw_ant, draw_grid, generate, pose_of
 from internal_rl import internal_episodes
 
 LABELS = {"policy": "internal RL", "policy-forced": "forced switching", "policy-cotrain": "co-training", "raw": "raw-action RL"}
@@ -66,10 +66,11 @@ def draw_curves(folders, to):
     for axis, (_, title, seeds) in zip(axes[0], panels):
         for log in seeds:
             axis.plot([line["step"] for line in log], [line["nll"] for line in log], color="tab:blue", alpha=.7)
-        axis.axhline(seeds[0][-1]["bayes"], color="black", ls="--", lw=1, label="Bayes-optimal, goal unknown")
-        axis.axhline(seeds[0][-1]["known"], color="black", ls=":", lw=1, label="goal known")
+        if seeds[0][-1]["bayes"] is not None:  # the ant has no exact bounds
+            axis.axhline(seeds[0][-1]["bayes"], color="black", ls="--", lw=1, label="Bayes-optimal, goal unknown")
+            axis.axhline(seeds[0][-1]["known"], color="black", ls=":", lw=1, label="goal known")
+            axis.legend(fontsize=7)
         axis.set(title=f"{title} ({len(seeds)} seeds)", xlabel="step", ylabel="action NLL, nats")
-        axis.legend(fontsize=7)
     save(figure, to / "curves.png")
 
 
@@ -102,15 +103,17 @@ def draw_gate(folder, to, episodes=4):
     base, meta = train.discover(run)
     world = train.world_of(run.cfg)
     rng = train.seed_everything(train.EVAL_SEED, "eval", 9)
-    data = generate(world, rng, episodes)
+    ant = world.body == "ant"
+    data = train.Demonstrations(run, "clean", train.expert(run))[np.arange(episodes)] if ant else generate(world, rng, episodes)
     with torch.no_grad():
         reading = base.reading(base.lower(torch.from_numpy(data.obs())))
-        _, beta, _, _ = meta(reading, torch.from_numpy(data.length) + 1, torch.randn(*data.action.shape, meta.n_z))
+        _, beta, _, _ = meta(reading, torch.from_numpy(data.length) + 1, torch.randn(*data.subgoal.shape, meta.n_z))
     figure, axes = plt.subplots(episodes, 1, figsize=(8, 1.3 * episodes), sharex=True, sharey=True)
     for n, axis in enumerate(axes):
         T = data.length[n]
-        for t in range(T):
-            axis.axvspan(t - .5, t + .5, color=PALETTE[data.subgoal[n, t] % len(PALETTE)] / 255, alpha=.3, lw=0)
+        begin = np.flatnonzero(np.diff(data.subgoal[n, :T], prepend=-1))  # (subgoals of the episode,)
+        for a, b in zip(begin, [*begin[1:], T]):
+            axis.axvspan(a - .5, b - .5, color=PALETTE[data.subgoal[n, a] % len(PALETTE)] / 255, alpha=.3, lw=0)
         axis.step(np.arange(T), beta[n, :T], where="mid", color="black")
         axis.set(ylabel="gate", ylim=(-.05, 1.05), xlim=(-.5, data.length.max() - .5))
     axes[-1].set_xlabel("step (colour: true subgoal; line: switching gate)")
@@ -125,7 +128,7 @@ def draw_film(folder, to):
     world = train.world_of(run.cfg)
     data, success, env = internal_episodes(base, meta, world, train.seed_everything(train.EVAL_SEED, "eval", 10), 64, policy)
     n = int(np.flatnonzero(success)[0]) if success.any() else int(data.length.argmax())  # a success if there is one; the title says
-    T = int(data.length[n])
+    T, ant = int(data.length[n]), world.body == "ant"
     obs, gate, code = data.obs()[n], env.gates[n, :T].numpy(), env.codes[n, :T].numpy().T
     figure, (left, above, below) = plt.subplots(1, 3, figsize=(9, 3.2), width_ratios=(1, 1.1, 1.1))
     task = "-".join(map(str, world.post_task))
@@ -133,8 +136,8 @@ def draw_film(folder, to):
     def frame(t):
         for axis in (left, above, below):
             axis.clear()
-        left.imshow(draw_grid(world, obs[t]))
-        for k in range(world.O):
+        left.imshow(draw_ant(world, data.things[n], pose_of(world, obs[t])) if ant else draw_grid(world, obs[t]))
+        for k in range(0 if ant else world.O):
             row, column = divmod(int(obs[t, k]), world.G)
             left.text(column * 32 + 4, row * 32 + 9, str(k), fontsize=8)
         left.set(title=f"{task}: {data.visited(n) if t == T else ''}", xticks=[], yticks=[])
@@ -144,7 +147,8 @@ def draw_film(folder, to):
         below.set(title=f"code z ({'success' if success[n] else 'failure'})", xlabel="step", yticks=[])
 
     figure.tight_layout()
-    FuncAnimation(figure, frame, frames=T + 1).save(to / "agent.gif", PillowWriter(fps=3), dpi=70)
+    times = sorted({*range(0, T, 4 if ant else 1), T})
+    FuncAnimation(figure, frame, frames=times).save(to / "agent.gif", PillowWriter(fps=10 if ant else 3), dpi=70)
     plt.close(figure)
     print(f"wrote {to / 'agent.gif'}")
 
@@ -207,9 +211,6 @@ def main(argv=None):
     folders = sorted((Path(args.out) / args.preset).glob("seed*"))
     if not folders:
         print(f"figures.py: nothing in {Path(args.out) / args.preset}; run train.py --preset {args.preset} first", file=sys.stderr)
-        return 2
-    if train.PRESETS[args.preset].body == "ant":
-        print("figures.py: the ant's pictures can't be drawn yet", file=sys.stderr)
         return 2
     to = Path(args.to)
     to.mkdir(parents=True, exist_ok=True)

@@ -28,9 +28,9 @@ import pickle
 import shutil
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
-import mujoco
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -521,7 +521,7 @@ class Demonstrations:
 
     def __init__(self, run, kind, walker):
         world, folder = world_of(run.cfg), run.folder / f"demonstrations-{kind}"
-        wanted = {"mujoco": mujoco.__version__, "walker": digest(walker), "episodes": run.cfg.demonstrations, "seed": run.cfg.seed,
+        wanted = {"mujoco": version("mujoco"), "walker": digest(walker), "episodes": run.cfg.demonstrations, "seed": run.cfg.seed,
                   **{name: value for name, value in dataclasses.asdict(world).items() if name != "post"}}
         if not (folder / "made.json").exists():
             self.make(run, kind, walker, world, folder, wanted)

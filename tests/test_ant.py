@@ -3,9 +3,10 @@ import functools
 import warnings
 
 from envs import (CELL, HEIGHT, AntWorlds, Ants, World, ant_expert, ant_model, cell_centres, distances, generate, neighbour_table,
-                  sample_layouts, simulate)  # before mujoco: sets MUJOCO_GL
+                  pose_of, sample_layouts, simulate)  # before mujoco: sets MUJOCO_GL
 from internal_rl import Walker, gae, walker_step
 from metacontroller import exchanged, turned
+import figures
 import train
 
 import gymnasium as gym
@@ -184,6 +185,9 @@ def test_the_observation_is_what_the_table_says():
     for k in range(5):
         assert np.allclose(xy + obs[:, 29 + 2 * k:31 + 2 * k] * 2 * CELL, cell_centres(4)[w.things[:, k]], atol=1e-5)
     assert np.allclose(cell_centres(4)[w.agent] + obs[:, 39:41] * CELL / 2, xy, atol=1e-5)
+    sign = np.where(w.ants.qpos[:, 3:4] < 0, -1, 1)  # of the quaternion
+    poses = np.concatenate([w.ants.qpos[:, :3], sign * w.ants.qpos[:, 3:7], w.ants.qpos[:, 7:]], axis=1)
+    assert np.allclose([pose_of(WORLD, o) for o in obs], poses, atol=1e-4)
     other = AntWorlds(WORLD, [(3, 0)] * 3, w.things, w.agent, rng())  # another task
     other.ants.sim.state[:], other.agent = w.ants.sim.state, w.agent
     assert np.array_equal(other.obs(), obs)
@@ -314,6 +318,8 @@ def test_every_stage_runs_on_recorded_ants(tmp_path, monkeypatch, capsys):
         n = theirs.length[t]
         assert mine.length[t] == n and np.array_equal(mine.sensed[t, :n + 1], theirs.sensed[t, :n + 1])
         assert all(np.array_equal(getattr(mine, name)[t, :n], getattr(theirs, name)[t, :n]) for name in ("action", "subgoal", "segment", "progress", "target"))
+    assert figures.main(["--preset", "ant-paper", "--out", str(tmp_path), "--to", str(tmp_path / "pictures")]) == 0
+    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == ["agent.gif", "curves.png", "gate.png", "results.json", "success.png"]
     made = (folder / "demonstrations-clean" / "made.json").read_text()
     for old, new in (('"mujoco": "', '"mujoco": "1.'), ('"W": 1', '"W": 2')):
         (folder / "demonstrations-clean" / "made.json").write_text(made.replace(old, new))
