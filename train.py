@@ -9,10 +9,12 @@
 
 `--rival forced` trains the metacontroller with beta = 1 (C.4.1) and internal RL on it; `--rival cotrain` trains base and metacontroller
 together on the loss of stage 2 (C.4.2: from scratch on the grid, from the pretrained base for the ant), and internal RL on them; `--rival raw` trains raw-action RL only.
-A stage whose input is missing trains it first; a finished one is reused; an interrupted one goes on where it was, bit for bit.
+A stage whose input is missing trains it first, or takes it from assets/ if it comes with the repository (not with --fresh); a finished one is
+reused; an interrupted one goes on where it was, bit for bit.
 Files: runs/<preset>/seed<k>/*.pt and one .jsonl of metrics per stage.
 
-Bottom-up: 1. configuration and presets   2. checkpoints and logs   3. device   4. data   5. the stages   6. the command line
+Bottom-up: 1. configuration and presets   2. checkpoints and logs   3. device   4. what every stage uses   5. data   6. the stages
+7. the command line
 
 How a resumed run can equal an uninterrupted one: nothing random depends on the past. Before step k of a stage, all random
 generators are seeded with (seed, stage, k), so a checkpoint needs model, optimiser and step, and no generator states. Bit for bit
@@ -419,7 +421,7 @@ def autocast(run):
     return torch.autocast(run.device.type, torch.bfloat16, enabled=run.dtype == torch.bfloat16)
 
 
-# ------------------------------------------------------------------------------------------------ 4. data
+# ------------------------------------------------------------------------------------------------ 4. what every stage uses
 
 PURPOSES = ("init", "base", "control", "meta", "policy", "raw", "eval", "walker", "demonstrations")
 EVAL_SEED = 10 ** 6  # evaluation layouts are the same for every seed
@@ -476,6 +478,8 @@ def world_of(cfg):
 
 CHUNK = 32  # batches drawn at once, so that episodes of similar length share a batch and little padding is left
 
+
+# ------------------------------------------------------------------------------------------------ 5. data, and the ant's expert, who makes it
 
 def expert(run):
     """The ant's walker (C.1.1), by PPO; its success at the pinpad's own tasks is reported on the way. Returns it frozen."""
@@ -604,7 +608,7 @@ def evaluation_data(run, eps, n=1024):
     return tensors(run, data), bayes[data.mask()].mean(), known[data.mask()].mean()
 
 
-# ------------------------------------------------------------------------------------------------ 5. stages
+# ------------------------------------------------------------------------------------------------ 6. stages
 
 def new_base(run):
     cfg, world = run.cfg, world_of(run.cfg)
@@ -835,7 +839,7 @@ def evaluate(run):
     write_atomically(run.folder / f"eval{kind}.json", json.dumps(rates).encode())
 
 
-# ------------------------------------------------------------------------------------------------ 6. command line
+# ------------------------------------------------------------------------------------------------ 7. command line
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
