@@ -388,6 +388,11 @@ def symlog(x):
     return np.sign(x) * np.log1p(np.abs(x))
 
 
+def symexp(x):
+    """Undoes symlog."""
+    return np.sign(x) * np.expm1(np.abs(x))
+
+
 def cell_centres(G):
     """(C, 2) metres: x to the right, y up, the board's centre at 0."""
     row, column = np.divmod(np.arange(G * G), G)
@@ -565,8 +570,7 @@ class AntPinpad(Pinpad):
 
 def pose_of(world, obs):
     """The pose qpos (15,) of an ant from what it saw, obs (F,): the table of AntPinpad backwards."""
-    unlog = lambda x: np.sign(x) * np.expm1(np.abs(x))
-    return np.concatenate([obs[27:29] * world.G * CELL / 2, unlog(obs[:13])])
+    return np.concatenate([obs[27:29] * world.G * CELL / 2, symexp(obs[:13])])
 
 
 def draw_ant(world, things, qpos, size=256):

@@ -349,8 +349,9 @@ def transplant(base, meta, world, rng, n, at):
     layouts, rates = sample_layouts(world, rng, n), []
     for with_code in (True, False):
         def steer(e, reading, state, worlds, rows):
-            steered = meta.decoder(e, state["z"])
-            return torch.where(torch.from_numpy(worlds.steps[rows] >= at).to(device)[:, None], steered, e) if with_code else e
+            if not with_code:
+                return e
+            return torch.where(torch.from_numpy(worlds.steps[rows] >= at).to(device)[:, None], meta.decoder(e, state["z"]), e)
         data, success, _ = play(base, world, [(c,) for c in wanted.tolist()], rng, steer, {"z": z[donor]}, layouts)
         playing = data.length > at
         rates.append(float(success[playing].mean()) if playing.any() else 0.)
@@ -382,16 +383,17 @@ class Walker(nn.Module):
         return walk
 
 
-def walk_reward(ants, heading, before, action):
-    """Reward of one step (N,), and which ants (N,) cannot go on. before (N, 2): where they were; action (N, 8).
+def walk_reward(ants, felt, heading, before, action):
+    """Reward of one step (N,), which ants (N,) cannot go on, and their speed along the heading (N,), m/s.
 
+    felt (N, 29): what they feel after it; before (N, 2): where they were; action (N, 8).
     Speed along the heading up to SPEED, less half the speed across it, less the effort; an ant that falls, jumps or tips over pays 5.
     """
     velocity = (ants.qpos[:, :2] - before) / (FRAME_SKIP * PHYSICS_STEP)
     along = (velocity * heading).sum(1)
     across = np.abs(velocity[:, 0] * heading[:, 1] - velocity[:, 1] * heading[:, 0])
-    over = ants.fallen() | (ants.felt(heading)[:, 3] < .2)  # cosine of the torso's tilt
-    return np.minimum(along, SPEED) - .5 * np.minimum(across, SPEED) - .02 * (action ** 2).sum(1) - 5. * over, over
+    over = ants.fallen() | (felt[:, 3] < .2)  # cosine of the torso's tilt
+    return np.minimum(along, SPEED) - .5 * np.minimum(across, SPEED) - .02 * (action ** 2).sum(1) - 5. * over, over, along
 
 
 def gae(outcome, value, cut, gamma, lam):
@@ -420,9 +422,10 @@ def walker_step(walker, optimizer, rng, n=64, steps=128, epochs=4, minibatches=8
             mean = walker.actor(felt)
             action = mean + walker.log_std.exp() * torch.randn_like(mean)
             ants.step(rows, action.numpy())
-            reward, over = walk_reward(ants, heading, before, action.numpy())
-            speed.append(((ants.qpos[:, :2] - before) * heading).sum(1).mean() / (FRAME_SKIP * PHYSICS_STEP))
-            after = walker.critic(torch.from_numpy(ants.felt(heading)))[:, 0]  # before the heading turns or anyone is put elsewhere
+            then = ants.felt(heading)
+            reward, over, along = walk_reward(ants, then, heading, before, action.numpy())
+            speed.append(along.mean())
+            after = walker.critic(torch.from_numpy(then))[:, 0]  # before the heading turns or anyone is put elsewhere
             over, reward = torch.from_numpy(over), torch.from_numpy(reward).float()
             turns = over.numpy() | (rng.random(n) < .02)  # a new heading, every 50 steps or so
             # One-step advantage; where the heading turns, what follows belongs to another walk, and the sum over the future stops.
