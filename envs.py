@@ -334,6 +334,12 @@ def ant_model(tiles=()):
     return spec.compile()
 
 
+def rotation(w, x, y, z):
+    """The 9 entries, row by row, of the matrix of a unit quaternion: from the torso's frame to the world's. Arrays of any kind."""
+    return (1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y), 2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x),
+            2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y))
+
+
 class Ants:
     """The physics of N ants on an endless plane, stepped together on native threads: `threads`, or Ants.threads; 0 means all cores.
 
@@ -371,9 +377,7 @@ class Ants:
         Height (1), up (3), velocity (3), angular velocity (3), heading (3), joint angles (8) and their velocities (8): nothing here depends on
         where the ant is or which way it faces.
         """
-        w, x, y, z = self.qpos[:, 3:7].T
-        R = np.stack([1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y), 2 * (x * y + w * z), 1 - 2 * (x * x + z * z),
-                      2 * (y * z - w * x), 2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)], axis=1).reshape(-1, 3, 3)
+        R = np.stack(rotation(*self.qpos[:, 3:7].T), axis=1).reshape(-1, 3, 3)
         own = lambda v: np.einsum("nij,ni->nj", R, v)  # R^T v: (N, 3) in the world -> (N, 3) in the torso's frame
         flat = np.concatenate([heading, np.zeros((len(heading), 1))], axis=1)
         return np.concatenate([self.qpos[:, 2:3], R[:, 2], symlog(own(self.qvel[:, :3])), symlog(self.qvel[:, 3:6]), own(flat),

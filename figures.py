@@ -158,31 +158,39 @@ def draw_film(folder, to):
 def seed_results(folder):
     """The numbers of one seed, for results.json. None where something has not been run.
 
-    bayes_gap_closed, switch_f1 (exact step), switch_f1_1 (+-1), undecided (gates): shares. code_identity: share of its maximum. *_success: share of fresh
-    episodes of the post-training task. *_episodes: episodes trained on. raw_unchanged: raw RL's weights are still the base's, bit for bit: no episode was ever
-    rewarded. minutes: the path of `--stage rl`, rivals but raw excluded; base_minutes: the part of the base.
+    bayes_gap_closed, switch_f1 (exact step), switch_f1_1 (+-1), switch_f1_5, undecided (gates): shares. code_identity: share of its maximum. *_success: share
+    of fresh episodes of the post-training task; rl_success_normalised: divided by the ant's expert's. nll: of the base, nats per action. *_episodes: episodes
+    trained on. raw_unchanged: raw RL's weights are still the base's, bit for bit: no episode was ever rewarded. minutes: the path of `--stage rl`, rivals but
+    raw excluded, the ant's demonstrations included and its walker not; base_minutes: the part of the base.
     """
     last = {name: (logs([folder], name) or [[{}]])[0][-1] for name in ("base", "control", "meta", "policy", "raw")}
-    read = lambda kind: json.loads((folder / f"eval{kind}.json").read_text()) if (folder / f"eval{kind}.json").exists() else {}
-    plain, meta, identity = read(""), last["meta"], last["meta"].get("code_identity")
+    read = lambda name: json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+    plain, base, meta, identity = read("eval.json"), last["base"], last["meta"], last["meta"].get("code_identity")
     weights = lambda name: torch.load(folder / f"{name}.pt", map_location="cpu", weights_only=True)["model"]
     unchanged = all(torch.equal(a, b) for a, b in zip(weights("base").values(), weights("raw").values())) if last["raw"] else None
-    return {"seed": int(folder.name.removeprefix("seed")), "bayes_gap_closed": last["base"].get("gap_closed"),
+    made = [read(f"demonstrations-{kind}/made.json").get("seconds", 0) for kind in ("noisy", "clean")]
+    own = ({"bayes_gap_closed": base.get("gap_closed")} if "expert_success" not in plain else
+           {"expert_success": plain["expert_success"], "nll": base.get("nll"), "switch_f1_5": meta.get("f1_5"), "transplant_with": plain.get("transplant_with"),
+            "transplant_without": plain.get("transplant_without"),
+            "rl_success_normalised": plain.get("rl_success") and plain["rl_success"] / plain["expert_success"]})
+    return {"seed": int(folder.name.removeprefix("seed")), **own,
             "control_success": plain.get("control_success"), "switch_f1": meta.get("f1"), "switch_f1_1": meta.get("f1_1"),
             "undecided": meta.get("undecided"), "code_identity": identity and identity / meta["code_identity_max"], "code_success": plain.get("code_success"),
             "rl_success": plain.get("rl_success"), "rl_episodes": last["policy"].get("episodes"),
             "raw_success": plain.get("raw_success"), "raw_episodes": last["raw"].get("episodes"), "raw_unchanged": unchanged,
-            "forced_success": read("-forced").get("rl_success"), "cotrain_success": read("-cotrain").get("rl_success"),
-            "blind_success": plain.get("blind_success"), "minutes": sum(line.get("seconds", 0) for line in last.values()) / 60,
-            "base_minutes": last["base"].get("seconds", 0) / 60}
+            "forced_success": read("eval-forced.json").get("rl_success"), "cotrain_success": read("eval-cotrain.json").get("rl_success"),
+            "blind_success": plain.get("blind_success"), "minutes": sum(made) / 60 + sum(line.get("seconds", 0) for line in last.values()) / 60,
+            "base_minutes": base.get("seconds", 0) / 60}
 
 
-ROWS = (("base: share of the gap to Bayes closed", "bayes_gap_closed", "{:.1%}"),
-        ("true-subgoal controllers (C.3), success", "control_success", "{:.3f}"),
-        ("gate F1, exact step", "switch_f1", "{:.3f}"), ("gate F1, +-1 step", "switch_f1_1", "{:.3f}"),
+ROWS = (("base: share of the gap to Bayes closed", "bayes_gap_closed", "{:.1%}"), ("base: NLL, nats per action", "nll", "{:.2f}"),
+        ("the ant's expert, success", "expert_success", "{:.3f}"), ("true-subgoal controllers (C.3), success", "control_success", "{:.3f}"),
+        ("gate F1, exact step", "switch_f1", "{:.3f}"), ("gate F1, +-1 step", "switch_f1_1", "{:.3f}"), ("gate F1, +-5 steps", "switch_f1_5", "{:.3f}"),
         ("gates between .1 and .9", "undecided", "{:.1%}"),
-        ("code identity, share of its maximum", "code_identity", "{:.1%}"), ("codes from the prior, success", "code_success", "{:.4f}"),
-        ("**internal RL, success**", "rl_success", "{:.3f}"), ("episodes of internal RL", "rl_episodes", "{:,}"),
+        ("code identity, share of its maximum", "code_identity", "{:.1%}"), ("transplanted code (B.3.2), success", "transplant_with", "{:.3f}"),
+        ("the same without the code", "transplant_without", "{:.3f}"), ("codes from the prior, success", "code_success", "{:.4f}"),
+        ("**internal RL, success**", "rl_success", "{:.3f}"), ("divided by the expert's", "rl_success_normalised", "{:.3f}"),
+        ("episodes of internal RL", "rl_episodes", "{:,}"),
         ("raw-action RL, success", "raw_success", "{:.4f}"), ("episodes of raw-action RL", "raw_episodes", "{:,}"),
         ("raw-action RL left the base's weights as they were", "raw_unchanged", "{}"),
         ("forced switching, success", "forced_success", "{:.4f}"), ("co-training, success", "cotrain_success", "{:.4f}"),
@@ -199,7 +207,8 @@ def write_results(folders, preset, to):
     path.write_text(json.dumps(results, indent=1) + "\n")
     print(f"wrote {path}\n\n| | " + " | ".join(f"seed {seed['seed']}" for seed in seeds) + " |\n" + "|---" * (len(seeds) + 1) + "|")
     for title, key, form in ROWS:
-        print(f"| {title} | " + " | ".join("not run" if seed[key] is None else form.format(seed[key]) for seed in seeds) + " |")
+        if any(key in seed for seed in seeds):
+            print(f"| {title} | " + " | ".join("not run" if seed.get(key) is None else form.format(seed[key]) for seed in seeds) + " |")
 
 
 def main(argv=None):

@@ -26,6 +26,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from envs import rotation
+
 # ------------------------------------------------------------------------------------------------ 1. small parts
 
 def linear(inputs, outputs, scale=0.1):
@@ -98,6 +100,35 @@ class ObsEmbedding(nn.Module):
         K, D = len(self.offset), self.bag.weight.shape[1]
         table = self.bag.weight.view(K, -1, D)  # (K, C, D)
         return torch.cat([table[:-1].transpose(0, 1).reshape(-1, D), table[-1]])  # (C*(K-1), D), (C, D)
+
+
+class BodyEmbedding(nn.Module):
+    """A body's observation (B, T, F), see envs.AntPinpad, -> (B, T, D): a matrix times it, and times what it implies.
+
+    NOT in paper, where a linear layer is all. Added here, computed from the observation: how many cells away every thing lies (a look-up, as in
+    ObsEmbedding with relative=True); and seen from the torso, as a walker feels it: the axes of the board, the velocity, the place in the cell. Nothing of
+    it is new information. But torques depend on products of a direction on the board with the torso's orientation, which a small network learns slowly
+    (README).
+    """
+
+    def __init__(self, sensors, cells, things, width):
+        super().__init__()
+        self.G, self.kinds = math.isqrt(cells), things - 1
+        self.linear = linear(sensors + 15, width, 1.)
+        self.bag = nn.EmbeddingBag(self.kinds * (2 * self.G - 1) ** 2, width, mode="sum")
+        nn.init.normal_(self.bag.weight, std=things ** -.5)
+
+    def forward(self, obs):
+        B, T, _ = obs.shape
+        symexp = lambda x: x.sign() * x.abs().expm1()
+        R = torch.stack(rotation(*symexp(obs[..., 1:5]).unbind(-1)), dim=-1)  # (B, T, 9)
+        own = lambda v: torch.einsum("btij,bti->btj", R.view(B, T, 3, 3)[:, :, :v.shape[-1]], v)  # R^T v: board (B, T, 2 or 3) -> torso (B, T, 3)
+        velocity = own(symexp(obs[..., 13:16]))
+        x = self.linear(torch.cat([obs, R, velocity.sign() * velocity.abs().log1p(), own(obs[..., -2:])], dim=-1))
+        away = obs[..., 29:-2].view(B, T, self.kinds, 2) * self.G + obs[..., None, -2:]  # in half cells: to k's cell, from the torso and its own cell
+        away = (away / 2).round().long().clamp(1 - self.G, self.G - 1) + self.G - 1  # (B, T, K-1, 2): x, y in whole cells
+        rows = (torch.arange(self.kinds, device=obs.device) * (2 * self.G - 1) + away[..., 1]) * (2 * self.G - 1) + away[..., 0]
+        return x + self.bag(rows.view(B * T, self.kinds)).view(B, T, -1)  # (B*T, D) -> (B, T, D)
 
 
 # ------------------------------------------------------------------------------------------------ 2. attention (D.1.2)
@@ -291,7 +322,7 @@ class SequenceModel(nn.Module):
     """f_theta of the paper. `layer` is l: blocks 1..l are `lower`, blocks l+1..L are `upper`; l = 0 controls the embedding.
 
     cells, things: sizes of the observation (C, K). sensors: 0, or the length F of a body's observation, which is then a vector of floats, embedded
-    by a linear layer, and the action a vector of `actions` floats. actions: A. The observation head exists only if lam > 0.
+    by a linear layer (relative: a BodyEmbedding), and the action a vector of `actions` floats. actions: A. The observation head exists only if lam > 0.
     read >= layer: where the metacontroller and the policy read; NOT in paper, where they read the layer that they write (the default).
     """
 
@@ -301,7 +332,8 @@ class SequenceModel(nn.Module):
         self.cells, self.things, self.layer, self.lam, self.continuous = cells, things, layer, lam, sensors > 0
         self.read = layer if read is None else read
         # NOT in paper: scale 1 instead of 0.1 for the sensors, too, so that e_0 has about unit variance.
-        self.embed = linear(sensors, width, 1.) if sensors else ObsEmbedding(cells, things, width, relative)
+        self.embed = (ObsEmbedding(cells, things, width, relative) if not sensors else BodyEmbedding(sensors, cells, things, width) if relative
+                      else linear(sensors, width, 1.))
         self.bias = RelativeBias(buckets, heads) if mixer == "attention" else None
         self.blocks = nn.ModuleList(Block(MIXERS[mixer](width, heads), width, hidden) for _ in range(layers))
         self.norm = nn.LayerNorm(width)

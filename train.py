@@ -73,7 +73,7 @@ class Config:
     hidden: int = option(512, "base", "hidden units of a block's MLP")
     buckets: int = option(32, "base", "buckets of the relative position bias")
     mixer: str = option("attention", "base", "sequence mixer of the base: attention or hawk")
-    relative: bool = option(False, "base", "embed displacements from the agent instead of cells (see model.ObsEmbedding)")
+    relative: bool = option(False, "base", "embed displacements from the agent instead of cells (see model.ObsEmbedding, BodyEmbedding)")
     lam: float = option(0.01, "base", "lambda, weight of the observation loss")
     eps: float = option(0., "base", "share of random actions in the base's training data")
     base_steps: int = option(256_000, "base", "optimiser steps")
@@ -155,7 +155,7 @@ PRESETS = {
     # The paper's gridworld, sizes and rates: A.1, Tables A4, A7, A9, A13, A16. What remains different is marked NOT in paper.
     "grid-paper": Config(),
     # The ant on a laptop. A first guess: only its expert has been trained so far.
-    "ant-small": Config(body="ant", G=4, O=4, W=1, T=500, task_set="singles", mixer="hawk", width=64, layers=4, heads=4, hidden=128, lam=0., layer=0, read=2,
+    "ant-small": Config(body="ant", G=4, O=4, W=1, T=500, task_set="singles", mixer="hawk", width=64, layers=4, heads=4, hidden=128, relative=True, lam=0., layer=0, read=2,
                         warmup=100, decay=.5, base_steps=3000, base_batch=32, base_lr=3e-3, rank=0, control_steps=800, control_batch=32, control_lr=3e-3,
                         symmetric=True, splice=1., shuffle=1., meta_rank=0, meta_steps=1500, meta_batch=32, meta_lr=1.5e-3, alpha=.1, alpha_start=400,
                         alpha_ramp=500, rl_updates=100, rl_batch=256, rl_lr=1e-3, std_lr=1e-2, raw_lr=3e-4, rl_epochs=2, evaluations=6,
@@ -249,7 +249,7 @@ def fingerprint(run, name):
     if run.cfg.body == "point":
         groups = [group for group in groups if group not in ("walker", "demonstrations")]
     values = {f.name: getattr(run.cfg, f.name) for f in dataclasses.fields(Config) if f.metadata["group"] in groups}
-    return {"preset": run.preset, "seed": run.cfg.seed, **values}
+    return {"preset": run.preset, **({} if name == "walker" else {"seed": run.cfg.seed}), **values}  # one expert may serve every seed
 
 
 def read_checkpoint(run, name):
@@ -279,7 +279,7 @@ def difference(run, name, theirs):
 
 def use_shipped(run, name):
     """Copy checkpoint `name` and its log out of assets/, if the run has none yet and would train just this one."""
-    shipped = dataclasses.replace(run, folder=ASSETS / run.preset / run.folder.name)
+    shipped = dataclasses.replace(run, folder=ASSETS / run.preset / ("seed0" if name == "walker" else run.folder.name))
     if run.fresh or (run.folder / f"{name}.pt").exists() or not (shipped.folder / f"{name}.pt").exists():
         return
     saved = torch.load(shipped.folder / f"{name}.pt", map_location="cpu", weights_only=True)
@@ -541,7 +541,7 @@ class Demonstrations:
     def make(run, kind, walker, world, folder, wanted):
         folder.mkdir(parents=True, exist_ok=True)
         portions = [min(1024, wanted["episodes"] - done) for done in range(0, wanted["episodes"], 1024)]
-        rest = []
+        rest, begun = [], time.time()
         with open(folder / "sensed.f32", "wb") as sensed, open(folder / "action.f32", "wb") as action:
             for k, n in enumerate(tqdm(portions, desc=f"{kind} demonstrations", unit="portion")):
                 rng = seed_everything(run.cfg.seed, "demonstrations", 2 * k + (kind == "clean"))
@@ -556,7 +556,7 @@ class Demonstrations:
         rest = concatenate(rest)
         np.savez(folder / "rest.npz", **{f.name: getattr(rest, f.name).astype(np.int16) for f in dataclasses.fields(rest)
                                          if f.name not in ("action", "sensed")})
-        write_atomically(folder / "made.json", json.dumps(wanted).encode())  # last: a folder without it is made again
+        write_atomically(folder / "made.json", json.dumps(wanted | {"seconds": time.time() - begun}).encode())  # last: a folder without it is made again
 
     def __getitem__(self, rows):
         length = self.rest["length"][rows].astype(np.int64)

@@ -6,6 +6,7 @@ from envs import (CELL, HEIGHT, AntWorlds, Ants, World, ant_expert, ant_model, c
                   pose_of, sample_layouts, simulate)  # before mujoco: sets MUJOCO_GL
 from internal_rl import Walker, gae, walker_step
 from metacontroller import exchanged, turned
+from model import BodyEmbedding
 import figures
 import train
 
@@ -237,6 +238,28 @@ def test_a_turned_observation_is_what_is_seen_in_a_turned_world(quarters):
     other.ants.qvel[:] = w.ants.qvel
     other.ants.qvel[:, :2] = w.ants.qvel[:, :2] @ turn.T
     assert np.allclose(seen[:, 0], other.obs(), atol=1e-5)
+
+
+def test_what_the_embedding_adds_is_what_a_walker_feels_and_how_far_things_are():
+    w = worlds(5)
+    for _ in range(5):
+        w.step(rng().uniform(-1, 1, (5, 8)))
+    embed, obs = BodyEmbedding(41, 16, 6, 9), torch.from_numpy(w.obs())[:, None]
+    with torch.no_grad():
+        embed.bag.weight.zero_()
+        embed.linear.weight.zero_()
+        embed.linear.bias.zero_()
+        embed.linear.weight[:9, 41 + 6:] = torch.eye(9)  # the board's vertical, the velocity, the place in the cell
+        x = embed(obs)[:, 0]
+        felt = w.ants.felt(np.tile([1., 0.], (5, 1)))
+        assert np.allclose(x[:, :3], felt[:, 1:4], atol=1e-5) and np.allclose(x[:, 3:6], felt[:, 4:7], atol=1e-4)
+        assert torch.allclose(x[:, 6:].norm(dim=1), obs[:, 0, 39:].norm(dim=1), atol=1e-5)
+        embed.linear.weight.zero_()
+        embed.bag.weight[:] = torch.rand(245, 9)
+        row, column = np.divmod(w.things, 4)
+        at, to = np.divmod(w.agent[:, None], 4)
+        index = torch.from_numpy(np.arange(5) * 49 + (at - row + 3) * 7 + column - to + 3)  # y is up, rows count down
+        assert torch.allclose(embed(obs)[:, 0], embed.bag.weight[index].sum(1))
 
 
 def test_exchanged_colours_change_places_and_nothing_else():
