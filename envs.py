@@ -688,7 +688,7 @@ class Trajectories:
         return np.concatenate([things, self.agent[..., None]], axis=-1)
 
     def visited(self, row):
-        """The colours that episode `row` visited, in order, as text: '0-4-1'. (Walls are things too, but are never entered.)"""
+        """The colours that episode `row` visited, in order, as text: '0-4-1'. (A wall that an ant has entered, its end, shows as O or more.)"""
         cells = self.agent[row, :self.length[row] + 1]
         thing = {cell: k for k, cell in enumerate(self.things[row])}
         return "-".join(str(thing[b]) for a, b in zip(cells[:-1], cells[1:]) if a != b and b in thing) or "none"

@@ -901,7 +901,7 @@ def main(argv=None):
         for name in run.names:
             read_checkpoint(run, name)  # refuse bad files now, not after an hour of training
         print(f"{run.preset}, seed {run.cfg.seed}: " + " ".join(f"{k}={v}" for k, v in dataclasses.asdict(run.cfg).items()))
-        for name in run.names:
+        for name in run.names if stage != "eval" else ():
             use_shipped(run, name)
         choose_device(run)
         if stage == "rl" and rival == "raw":
