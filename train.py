@@ -395,7 +395,8 @@ def choose_device(run):
     elif cfg.dtype == "auto":
         seconds = {}
         for dtype in (torch.float32, torch.bfloat16):  # check, do not guess: without hardware support bfloat16 is 100 times slower
-            x, times = torch.randn(512, 512, device=run.device, dtype=dtype), []
+            side = 256 if run.device.type == "cpu" else 4096  # on a GPU anything small measures the launch alone
+            x, times = torch.randn(side, side, device=run.device, dtype=dtype), []
             for _ in range(4):  # the first is a warm-up
                 begin = time.perf_counter()
                 (x @ x).sum().item()  # waits for the device

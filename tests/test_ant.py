@@ -292,7 +292,7 @@ def test_the_picture_shows_the_ant_on_its_board():
 
 # ------------------------------------------------------------------------------------------------ its stages
 
-SHORT = ["--preset", "ant-paper", "--threads", "1", "--T", "24", "--evaluations", "1", "--walker_updates", "3", "--demonstrations", "600", "--width", "32",
+SHORT = ["--preset", "ant-paper", "--threads", "1", "--T", "24", "--evaluations", "1", "--walker_updates", "3", "--demonstrations", "80", "--width", "32",
          "--layers", "2", "--layer", "1", "--heads", "2", "--hidden", "32", "--base_steps", "3", "--base_batch", "4", "--control_steps", "2",
          "--control_batch", "4", "--meta_steps", "2", "--meta_batch", "4", "--rl_updates", "2", "--rl_batch", "8", "--eval_episodes", "16",
          "--policy_width", "16", "--symmetric", "True", "--splice", ".5", "--shuffle", ".5", "--alpha_ramp", "2"]
@@ -305,6 +305,7 @@ def staggering(world, rng, n, eps=0., walk=None):
 
 
 def test_an_interrupted_walker_equals_an_uninterrupted_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "HELD_OUT", 16)
     line = [*SHORT, "--stage", "expert", "--save_seconds", "0", "--out"]
     few, calls = functools.partial(walker_step, n=8, steps=16), []
     monkeypatch.setattr(train, "walker_step", few)
@@ -325,6 +326,7 @@ def test_an_interrupted_walker_equals_an_uninterrupted_one(tmp_path, monkeypatch
 
 def test_every_stage_runs_on_recorded_ants(tmp_path, monkeypatch, capsys):
     calls = []
+    monkeypatch.setattr(train, "HELD_OUT", 16)
     monkeypatch.setattr(train, "walker_step", functools.partial(walker_step, n=8, steps=16))
     monkeypatch.setattr(train, "generate", lambda world, *args, **more: calls.append(world.body) or
                         (staggering if world.body == "ant" else generate)(world, *args, **more))
@@ -334,8 +336,8 @@ def test_every_stage_runs_on_recorded_ants(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "ant-paper" / "seed0"
     run = train.parse([*SHORT, "--out", str(tmp_path)])[0]
     recorded = train.Demonstrations(run, "noisy", train.expert(run))
-    source = staggering(WORLD_24, train.seed_everything(0, "demonstrations", 0), 600)
-    rows = np.array([5, 599, 17])
+    source = staggering(WORLD_24, train.seed_everything(0, "demonstrations", 0), 80)
+    rows = np.array([5, 79, 17])
     mine, theirs = recorded[rows], source[rows]
     for t in range(3):
         n = theirs.length[t]
