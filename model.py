@@ -52,12 +52,13 @@ def gaussian_logp(x, mean, log_std):
 class GaussianHead(nn.Module):
     """A Gaussian with learned diagonal covariance (C.1.2), for the continuous actions and observations of a body.
 
-    x (..., D) -> (..., 2 n): mean, then log std, which is one learned vector, the same at every step.
+    x (..., D) -> (..., 2 n): mean, then log std, which is one learned vector, the same at every step. NOT in paper, which is silent: it starts
+    at -1.5, near the walker's; from 0 it takes hundreds of steps of Adam to come down, and the means learn little in that time.
     """
 
     def __init__(self, width, n):
         super().__init__()
-        self.mean, self.log_std = linear(width, n), nn.Parameter(torch.zeros(n))
+        self.mean, self.log_std = linear(width, n), nn.Parameter(torch.full((n,), -1.5))
 
     def forward(self, x):
         mean = self.mean(x)

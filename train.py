@@ -156,7 +156,7 @@ PRESETS = {
     "grid-paper": Config(),
     # The ant on a laptop. A first guess: only its expert has been trained so far.
     "ant-small": Config(body="ant", G=4, O=4, W=1, T=500, task_set="singles", mixer="hawk", width=64, layers=4, heads=4, hidden=128, relative=True, lam=0., layer=0, read=2,
-                        warmup=100, decay=.5, base_steps=3000, base_batch=32, base_lr=3e-3, rank=0, control_steps=800, control_batch=32, control_lr=3e-3,
+                        warmup=100, decay=.5, base_steps=4000, base_batch=32, base_lr=3e-3, rank=0, control_steps=800, control_batch=32, control_lr=3e-3,
                         symmetric=True, splice=1., shuffle=1., meta_rank=0, meta_steps=1500, meta_batch=32, meta_lr=1.5e-3, alpha=.1, alpha_start=400,
                         alpha_ramp=500, rl_updates=100, rl_batch=256, rl_lr=1e-3, std_lr=1e-2, raw_lr=3e-4, rl_epochs=2, evaluations=6,
                         eval_episodes=256, demonstrations=16_000),
