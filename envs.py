@@ -340,6 +340,28 @@ def rotation(w, x, y, z):
             2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y))
 
 
+def symlog(x):
+    return np.sign(x) * np.log1p(np.abs(x))
+
+
+def symexp(x):
+    """Undoes symlog."""
+    return np.sign(x) * np.expm1(np.abs(x))
+
+
+def feel(qpos, qvel, heading):
+    """What a walker needs to walk along `heading` (N, 2), a unit vector: (N, 29) float32, all seen from its own torso. qpos (N, 15), qvel (N, 14).
+
+    Height (1), up (3), velocity (3), angular velocity (3), heading (3), joint angles (8) and their velocities (8): nothing here depends on
+    where the ant is or which way it faces.
+    """
+    R = np.stack(rotation(*qpos[:, 3:7].T), axis=1).reshape(-1, 3, 3)
+    own = lambda v: np.einsum("nij,ni->nj", R, v)  # R^T v: (N, 3) in the world -> (N, 3) in the torso's frame
+    flat = np.concatenate([heading, np.zeros((len(heading), 1))], axis=1)
+    return np.concatenate([qpos[:, 2:3], R[:, 2], symlog(own(qvel[:, :3])), symlog(qvel[:, 3:6]), own(flat),
+                           qpos[:, 7:], symlog(qvel[:, 6:])], axis=1).astype(np.float32)
+
+
 class Ants:
     """The physics of N ants on an endless plane, stepped together on native threads: `threads`, or Ants.threads; 0 means all cores.
 
@@ -372,29 +394,12 @@ class Ants:
             self.qpos[broken, 2] = 2 * HEIGHT[1]
 
     def felt(self, heading):
-        """What a walker needs to walk along `heading` (N, 2), a unit vector: (N, 29) float32, all seen from its own torso.
-
-        Height (1), up (3), velocity (3), angular velocity (3), heading (3), joint angles (8) and their velocities (8): nothing here depends on
-        where the ant is or which way it faces.
-        """
-        R = np.stack(rotation(*self.qpos[:, 3:7].T), axis=1).reshape(-1, 3, 3)
-        own = lambda v: np.einsum("nij,ni->nj", R, v)  # R^T v: (N, 3) in the world -> (N, 3) in the torso's frame
-        flat = np.concatenate([heading, np.zeros((len(heading), 1))], axis=1)
-        return np.concatenate([self.qpos[:, 2:3], R[:, 2], symlog(own(self.qvel[:, :3])), symlog(self.qvel[:, 3:6]), own(flat),
-                               self.qpos[:, 7:], symlog(self.qvel[:, 6:])], axis=1).astype(np.float32)
+        """What they feel who want to walk along heading (N, 2): (N, 29), see `feel`."""
+        return feel(self.qpos, self.qvel, heading)
 
     def fallen(self):
         """(N,) bool: the torso has left its range of heights (A.2)."""
         return (self.qpos[:, 2] < HEIGHT[0]) | (self.qpos[:, 2] > HEIGHT[1])
-
-
-def symlog(x):
-    return np.sign(x) * np.log1p(np.abs(x))
-
-
-def symexp(x):
-    """Undoes symlog."""
-    return np.sign(x) * np.expm1(np.abs(x))
 
 
 def cell_centres(G):
@@ -573,8 +578,8 @@ class AntPinpad(Pinpad):
 
 
 def pose_of(world, obs):
-    """The pose qpos (15,) of an ant from what it saw, obs (F,): the table of AntPinpad backwards."""
-    return np.concatenate([obs[27:29] * world.G * CELL / 2, symexp(obs[:13])])
+    """The pose qpos (..., 15) of an ant from what it saw, obs (..., F): the table of AntPinpad backwards."""
+    return np.concatenate([obs[..., 27:29] * world.G * CELL / 2, symexp(obs[..., :13])], axis=-1)
 
 
 def draw_ant(world, things, qpos, size=256):
@@ -777,6 +782,25 @@ def generate(world, rng, n, eps=0., walk=None):
             parts.append(played[keep])
             have += len(keep)
     return concatenate(parts)[np.arange(n)]
+
+
+def by_cells(world, data):
+    """The ant's episodes, cell by cell, as the grid would have recorded them: Trajectories (N, M) whose steps are the moves from one cell to the next, and
+    when (N, M) the ant entered the cell that it left by that move (padding: 0). For `exact_bounds`: an ant's demonstrations have their bounds, too."""
+    N, T1 = data.agent.shape
+    moved = np.zeros((N, T1), bool)  # the ant is in another cell than a step ago
+    moved[:, 1:] = (data.agent[:, 1:] != data.agent[:, :-1]) & data.mask()
+    length = moved.sum(1)
+    place = (~moved).argsort(axis=1, kind="stable")[:, :length.max()]  # (N, M) the steps at which a new cell is entered, then others
+    exists = np.arange(length.max()) < length[:, None]
+    when = np.where(exists, np.pad(place, ((0, 0), (1, 0)))[:, :-1], 0)  # the first cell is entered at 0
+    pick = lambda x: np.take_along_axis(x, when, axis=1)
+    before, after = pick(data.agent), np.where(exists, np.take_along_axis(data.agent, place, axis=1), 0)
+    action = (neighbour_table(world.G)[before] == after[..., None]).argmax(-1)  # (N, M, 4) -> (N, M)
+    last = np.take_along_axis(data.agent, data.length[:, None], axis=1)  # (N, 1)
+    agent = np.concatenate([before, last], axis=1)
+    agent[np.arange(N), length] = last[:, 0]
+    return Trajectories(data.things, agent, action, pick(data.target), pick(data.progress), pick(data.subgoal), pick(data.segment), length), when
 
 
 def concatenate(parts):

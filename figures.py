@@ -66,7 +66,7 @@ def draw_curves(folders, to):
     for axis, (_, title, seeds) in zip(axes[0], panels):
         for log in seeds:
             axis.plot([line["step"] for line in log], [line["nll"] for line in log], color="tab:blue", alpha=.7)
-        if seeds[0][-1]["bayes"] is not None:  # the ant has no exact bounds
+        if seeds[0][-1].get("bayes") is not None:  # the ant has no exact bounds
             axis.axhline(seeds[0][-1]["bayes"], color="black", ls="--", lw=1, label="Bayes-optimal, goal unknown")
             axis.axhline(seeds[0][-1]["known"], color="black", ls=":", lw=1, label="goal known")
             axis.legend(fontsize=7)
@@ -159,7 +159,8 @@ def seed_results(folder):
     """The numbers of one seed, for results.json. None where something has not been run.
 
     bayes_gap_closed, switch_f1 (exact step), switch_f1_1 (+-1), switch_f1_5, undecided (gates): shares. code_identity: share of its maximum. *_success: share
-    of fresh episodes of the post-training task; rl_success_normalised: divided by the ant's expert's. nll: of the base, nats per action. *_episodes: episodes
+    of fresh episodes of the post-training task; rl_success_normalised: divided by the ant's expert's. nll: of the base, nats per action; right_turns: see
+    internal_rl.right_turns. *_episodes: episodes
     trained on. raw_unchanged: raw RL's weights are still the base's, bit for bit: no episode was ever rewarded. minutes: the path of `--stage rl`, rivals but
     raw excluded, the ant's demonstrations included and its walker not; base_minutes: the part of the base.
     """
@@ -170,7 +171,8 @@ def seed_results(folder):
     unchanged = all(torch.equal(a, b) for a, b in zip(weights("base").values(), weights("raw").values())) if last["raw"] else None
     made = [read(f"demonstrations-{kind}/made.json").get("seconds", 0) for kind in ("noisy", "clean")]
     own = ({"bayes_gap_closed": base.get("gap_closed")} if "expert_success" not in plain else
-           {"expert_success": plain["expert_success"], "nll": base.get("nll"), "switch_f1_5": meta.get("f1_5"), "transplant_with": plain.get("transplant_with"),
+           {"expert_success": plain["expert_success"], "nll": base.get("nll"), "right_turns": base.get("right_turns"),
+            "right_turns_bayes": base.get("right_turns_bayes"), "switch_f1_5": meta.get("f1_5"), "transplant_with": plain.get("transplant_with"),
             "transplant_without": plain.get("transplant_without"),
             "rl_success_normalised": plain.get("rl_success") and plain["rl_success"] / plain["expert_success"]})
     return {"seed": int(folder.name.removeprefix("seed")), **own,
@@ -184,6 +186,7 @@ def seed_results(folder):
 
 
 ROWS = (("base: share of the gap to Bayes closed", "bayes_gap_closed", "{:.1%}"), ("base: NLL, nats per action", "nll", "{:.2f}"),
+        ("base: right turns", "right_turns", "{:.3f}"), ("Bayes-optimal: right turns", "right_turns_bayes", "{:.3f}"),
         ("the ant's expert, success", "expert_success", "{:.3f}"), ("true-subgoal controllers (C.3), success", "control_success", "{:.3f}"),
         ("gate F1, exact step", "switch_f1", "{:.3f}"), ("gate F1, +-1 step", "switch_f1_1", "{:.3f}"), ("gate F1, +-5 steps", "switch_f1_5", "{:.3f}"),
         ("gates between .1 and .9", "undecided", "{:.1%}"),

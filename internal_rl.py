@@ -8,7 +8,7 @@ Bottom-up:
   4. update            the critic-free clipped update of C.5.2, one for both kinds of action
   5. episodes          collect a batch for internal RL (Algorithm 3) and for raw-action RL (C.5.3)
   6. measurements      success with true subgoals (C.3), code identity
-  7. walker            PPO for the ant's expert, with the same clipped objective (C.1.1)
+  7. walker            PPO for the ant's expert, with the same clipped objective (C.1.1); does the base turn as he does?
 
 Paper sections: C.1.1, C.3, C.5, D.3, B.3.2 (the idea behind code identity); Algorithms 1-3; Eq. 10; Table A13.
 
@@ -21,6 +21,7 @@ Glossary (name -> symbol -> shape; N episodes, M abstract actions, D width)
   rng       a numpy Generator for layouts; torch randomness is the global generator, which train.py seeds anew at every update
   state     everything that must persist from step to step, one row per episode: a nested dict / list of tensors
 """
+import dataclasses
 import math
 
 import numpy as np
@@ -28,7 +29,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from envs import FRAME_SKIP, PHYSICS_STEP, Ants, sample_layouts, simulate
+from envs import (CELL, FRAME_SKIP, PHYSICS_STEP, Ants, by_cells, cell_centres, contents_table, distances, exact_bounds, expert_probs, feel, pose_of,
+                  sample_layouts, simulate, symexp)
 from model import Block, Hawk, action_nll, gaussian_logp, linear, sample_action
 
 BETA_THRESHOLD = 0.5  # Algorithm 1 and C.6
@@ -357,7 +359,6 @@ def transplant(base, meta, world, rng, n, at):
         rates.append(float(success[playing].mean()) if playing.any() else 0.)
     return tuple(rates)
 
-
 # ------------------------------------------------------------------------------------------------ 7. walker (C.1.1)
 # NOT in paper, whose expert is one agent that sees the whole board, a hint on the shortest path in every cell included. What such an agent needs to know is
 # the hint of the cell that it is in. So what is learned here is to walk along a heading, and `envs.ant_expert` reads it off the board.
@@ -366,7 +367,7 @@ SPEED = 1.5  # m/s along the heading; more earns nothing
 
 
 class Walker(nn.Module):
-    """Actor and critic: what an ant feels (n, 29), see `envs.Ants.felt` -> torques (n, 8), value (n,)."""
+    """Actor and critic: what an ant feels (n, 29), see `envs.feel` -> torques (n, 8), value (n,)."""
 
     def __init__(self, felt=29, actions=8, hidden=128):
         super().__init__()
@@ -452,3 +453,32 @@ def walker_step(walker, optimizer, rng, n=64, steps=128, epochs=4, minibatches=8
             nn.utils.clip_grad_norm_(walker.parameters(), .5)
             optimizer.step()
     return {"speed": float(np.mean(speed)), "std": walker.log_std.exp().mean().item()}
+
+
+def right_turns(walker, world, data, action):
+    """Where the ant of a demonstration enters a cell, does the base know which way it will leave? Shares of the moves: of the base, and of a Bayes-optimal guess.
+
+    NOT in paper. The ant's action NLL is mostly about moving legs; this is the part of it that is about goals, and it has an exact bound (see
+    envs.exact_bounds). data: Trajectories of N ants; action (N, T, 8): the base's mean torques. Its guess is the way along which `walker` would use torques
+    nearest to these. Episodes with a move that no expert of the grid would make (a corner cut: 2 in 100) are left out.
+    """
+    cells, when = by_cells(world, data)
+    grid = dataclasses.replace(world, body="point")
+    colours = np.broadcast_to(np.arange(world.O), (*cells.action.shape, world.O))
+    probs = expert_probs(grid, contents_table(world, cells.things), distances(grid, cells.things), cells.agent[:, :-1], colours)  # (N, M, O, 4)
+    target = np.take_along_axis(probs, cells.target[..., None, None], axis=2)[:, :, 0]  # (N, M, 4)
+    kept = (np.take_along_axis(target, cells.action[..., None], axis=2)[..., 0] > 0) | ~cells.mask()
+    rows = np.flatnonzero(kept.all(axis=1))
+    cells, when, probs = cells[rows], when[rows], probs[rows]
+    _, _, belief = exact_bounds(grid, cells)  # (N', M, S)
+    optimal = np.einsum("nms,nmsa->nma", belief, probs[:, :belief.shape[1], [subgoal[0] for subgoal in world.subgoals]]).argmax(-1)
+    n, m = np.nonzero(cells.mask())
+    t = when[n, m]
+    obs = data.sensed[rows[n], t]
+    qpos, qvel, centre = pose_of(world, obs), symexp(obs[:, 13:27]), cell_centres(world.G)[cells.agent[n, m]]
+    away = []
+    for way in ((0, 1), (1, 0), (0, -1), (-1, 0)):  # up, right, down, left
+        ahead = centre + CELL * np.array(way) - qpos[:, :2]
+        torques = walker.walk(0.)(feel(qpos, qvel, ahead / np.linalg.norm(ahead, axis=1, keepdims=True)))
+        away.append((((action[rows[n], t] - torques) / walker.log_std.exp().numpy()) ** 2).sum(-1))
+    return float((np.argmin(away, axis=0) == cells.action[n, m]).mean()), float((optimal[n, m] == cells.action[n, m]).mean())

@@ -2,9 +2,9 @@
 import functools
 import warnings
 
-from envs import (CELL, HEIGHT, AntWorlds, Ants, World, ant_expert, ant_model, cell_centres, distances, generate, neighbour_table,
+from envs import (CELL, HEIGHT, AntWorlds, Ants, World, ant_expert, ant_model, by_cells, cell_centres, distances, generate, neighbour_table,
                   pose_of, sample_layouts, simulate)  # before mujoco: sets MUJOCO_GL
-from internal_rl import Walker, gae, walker_step
+from internal_rl import Walker, gae, right_turns, walker_step
 from metacontroller import exchanged, turned
 from model import BodyEmbedding
 import figures
@@ -278,6 +278,50 @@ def test_an_episode_of_ants_is_recorded():
     assert np.allclose(data.obs()[:, 0, 39:], (data.obs()[:, 0, 27:29] * 2 * CELL - cell_centres(4)[data.agent[:, 0]]) / (CELL / 2), atol=1e-5)
     part = data[np.array([1])]
     assert part.obs().shape[1] == data.length[1] + 1
+
+
+@pytest.fixture(scope="module")
+def walks():
+    """Successful clean episodes of the walker that comes with the repository, and the walker."""
+    walker, n = Walker().requires_grad_(False), 40
+    walker.load_state_dict(torch.load(train.ASSETS / "ant-small/seed0/walker.pt", weights_only=True)["model"])
+    things, agent = sample_layouts(WORLD, rng(5), n)
+    act = ant_expert(WORLD, distances(WORLD, things), rng(5), walker.walk(0.), np.zeros(n, bool))
+    data, success = simulate(WORLD, [WORLD.tasks[i % 16] for i in range(n)], things, agent, act, rng(5))
+    assert success.mean() > .6
+    return data[np.flatnonzero(success)], walker
+
+
+def test_an_episode_cell_by_cell(walks):
+    data, _ = walks
+    cells, when = by_cells(WORLD, data)
+    for n in range(len(data.length)):
+        path = data.agent[n, :data.length[n] + 1]
+        entered = [0, *(t for t in range(1, len(path)) if path[t] != path[t - 1])]
+        M = cells.length[n]
+        assert M == len(entered) - 1 and list(when[n, :M]) == entered[:-1] and list(cells.agent[n, :M + 1]) == list(path[entered])
+        assert list(neighbour_table(4)[cells.agent[n, :M], cells.action[n, :M]]) == list(cells.agent[n, 1:M + 1])
+        assert list(cells.target[n, :M]) == list(data.target[n, when[n, :M]])
+
+
+def test_the_expert_turns_as_he_does_and_no_guess_of_his_goal_is_as_good(walks):
+    data, walker = walks
+    own, bayes = right_turns(walker, WORLD, data, data.action)
+    assert own > .98 and .55 < bayes < .95
+    assert right_turns(walker, WORLD, data, np.zeros_like(data.action))[0] < .5
+
+
+def test_a_thinned_episode_keeps_where_cells_begin(walks):
+    data, _ = walks
+    batch = {"obs": torch.from_numpy(data.obs()), "action": torch.from_numpy(data.action), "mask": torch.from_numpy(data.mask())}
+    torch.manual_seed(0)
+    thin = train.thinned(batch, 4)
+    assert .15 < thin["mask"].sum() / batch["mask"].sum() < .2  # one step in 8, and those
+    cells, when = by_cells(WORLD, data)
+    for n in range(len(data.length)):
+        seen, done, M = thin["obs"][n, :-1][thin["mask"][n]].numpy(), thin["action"][n][thin["mask"][n]].numpy(), cells.length[n]
+        t = [int((np.abs(data.sensed[n] - o).sum(1) == 0).argmax()) for o in seen]
+        assert t == sorted(set(t)) and set(when[n, :M]) <= set(t) and np.array_equal(done, data.action[n, t])
 
 
 def test_the_picture_shows_the_ant_on_its_board():
