@@ -24,7 +24,6 @@ import argparse
 import copy
 import dataclasses
 import hashlib
-import itertools
 import json
 import os
 import pickle
@@ -81,7 +80,7 @@ class Config:
     base_batch: int = option(1024, "base", "episodes per step")
     base_lr: float = option(3e-4, "base", "learning rate")
     base_wd: float = option(0.03, "base", "weight decay")
-    thin: float = option(0., "base", "share of the base's steps, at the beginning, that see thinned episodes (ant; see thinned)")
+    thin: float = option(0., "base", "share of the steps of every supervised stage, at its beginning, that see thinned episodes (ant; see thinned)")
     thin_batch: int = option(128, "base", "episodes per step while they are thinned")
     turn: bool = option(False, "base", "train the base on episodes turned by a random number of quarter turns (ant)")
     warmup: int = option(0, "base", "steps of linear warm-up of the learning rate, in every supervised stage")
@@ -159,11 +158,12 @@ PRESETS = {
     # The paper's gridworld, sizes and rates: A.1, Tables A4, A7, A9, A13, A16. What remains different is marked NOT in paper.
     "grid-paper": Config(),
     # The ant on a laptop. Not settled: see the README's section on it.
-    "ant-small": Config(body="ant", G=4, O=4, W=1, T=500, task_set="singles", mixer="hawk", width=64, layers=4, heads=4, hidden=128, relative=True, lam=0., layer=0, read=2,
-                        warmup=100, decay=.5, thin=.8, turn=True, base_steps=15_000, base_batch=32, base_lr=3e-3, rank=0, control_steps=800, control_batch=32, control_lr=3e-3,
-                        symmetric=True, splice=1., shuffle=1., meta_rank=0, meta_steps=1500, meta_batch=32, meta_lr=1.5e-3, alpha=.1, alpha_start=400,
-                        alpha_ramp=500, rl_updates=100, rl_batch=256, rl_lr=1e-3, std_lr=1e-2, raw_lr=3e-4, rl_epochs=2, evaluations=6,
-                        eval_episodes=256, demonstrations=16_000),
+    "ant-small": Config(body="ant", G=4, O=4, W=1, T=500, task_set="singles", demonstrations=16_000, mixer="hawk", width=64, layers=4, heads=4,
+                        hidden=128, relative=True, lam=0., layer=0, read=2, warmup=100, decay=.5, thin=.8, turn=True,
+                        base_steps=15_000, base_batch=32, base_lr=3e-3, rank=0, control_steps=1500, control_batch=32, control_lr=3e-3,
+                        symmetric=True, splice=1., shuffle=1., decoder_hidden=64, meta_rank=0, meta_steps=3000, meta_batch=32, meta_lr=1.5e-3, alpha=.1,
+                        alpha_start=700, alpha_ramp=1000,
+                        rl_updates=100, rl_batch=256, rl_lr=1e-3, std_lr=1e-2, raw_lr=3e-4, rl_epochs=2, evaluations=6, eval_episodes=256),
     # The paper's ant, sizes and rates: A.2, Tables A5, A8, A10, A14. NOT in paper, which does not say how many demonstrations there are: 200,000,
     # each seen about 500 times. Not tried at full length.
     "ant-paper": Config(body="ant", G=4, O=4, W=1, T=500, task_set="singles", mixer="hawk", layers=8, heads=8, lam=10., base_steps=204_800, base_batch=512,
@@ -583,35 +583,12 @@ def experts(run, eps):
     return lambda rng, n: recorded[rng.integers(HELD_OUT, run.cfg.demonstrations, n)]
 
 
-def batches(run, purpose, size, eps, first, last):
-    """Yield (step, batch) for steps first .. last-1; batch: dict of tensors obs (B, T+1, K), action, subgoal, mask, switches (B, T).
-
-    eps: share of random actions; None for clean demonstrations (C.4.4).
-    Any step can be the first: what it contains depends on (seed, purpose, step) alone.
-    NOT in paper: with batches of similar length and losses averaged over a batch's steps, a step in a batch of short episodes
-    weighs more than one in a batch of long ones. The logged NLLs are plain averages over the steps of unsorted test episodes.
-    """
-    draw = experts(run, eps)
-    for chunk in range(first // CHUNK, (last - 1) // CHUNK + 1):
-        rng = seed_everything(run.cfg.seed, purpose, chunk)
-        data = draw(rng, CHUNK * size)
-        by_length = data.length.argsort(kind="stable").reshape(CHUNK, size)  # CHUNK batches of equal-length episodes
-        for step, rows in enumerate(by_length[rng.permutation(CHUNK)], start=chunk * CHUNK):
-            if first <= step < last:
-                seed_everything(run.cfg.seed, purpose, step)
-                yield step, tensors(run, data[rows])
-
-
-def tensors(run, data):
-    return {name: torch.from_numpy(value).to(run.device) for name, value in
-            {"obs": data.obs(), "action": data.action, "subgoal": data.subgoal, "mask": data.mask(), "switches": data.switches()}.items()}
-
-
 def thinned(batch, G, share=.12):
     """Of each of the ant's episodes the first step, the first step in every further cell, and a random share of the others: a batch like `batch`.
 
     NOT in paper. Where an ant is heading shows in the first steps after it has entered a cell; then it just walks, for 30 steps. So a base has long learned to
-    walk before it learns whereto (see internal_rl.right_turns). Of episodes cut down to these steps it sees five times as many in the same time.
+    walk before it learns whereto (see internal_rl.right_turns); a controller can steer it nowhere else. Of episodes cut down to these steps five times as many are
+    seen in the same time.
     """
     obs, mask = batch["obs"], batch["mask"]  # (B, T+1, F), (B, T)
     B, T = mask.shape
@@ -620,10 +597,39 @@ def thinned(batch, G, share=.12):
     keep[:, 0] = True
     keep[:, 1:] |= (centre[:, 1:] - centre[:, :-1]).abs().sum(-1) > .5
     keep &= mask
-    steps = (~keep).long().argsort(dim=1, stable=True)[:, :keep.sum(1).max()]  # (B, T') those kept, in their order, then others
+    count = keep.sum(1, keepdim=True)  # (B, 1)
+    steps = (~keep).long().argsort(dim=1, stable=True)[:, :count.max()]  # (B, T') those kept, in their order, then others
     rows = torch.arange(B, device=mask.device)[:, None]
-    last = steps[:, -1:] + 1  # the observation head, if there is one, predicts the next observation that is kept
-    return {"obs": obs[rows, torch.cat([steps, last], dim=1)], "action": batch["action"][rows, steps], "mask": keep[rows, steps]}
+    # T'+1 observations: behind the last step that is kept stands the episode's last observation, as ever.
+    seen = torch.where(torch.arange(steps.shape[1] + 1, device=mask.device) < count, torch.cat([steps, steps[:, -1:]], dim=1), mask.sum(1, keepdim=True))
+    return {name: value[rows, steps] for name, value in batch.items()} | {"obs": obs[rows, seen], "mask": keep[rows, steps]}
+
+
+def batches(run, purpose, size, eps, first, last):
+    """Yield (step, batch) for steps first .. last-1; batch: dict of tensors obs (B, T+1, K), action, subgoal, mask, switches (B, T).
+
+    eps: share of random actions; None for clean demonstrations (C.4.4). The first share `thin` of the steps gets thinned episodes.
+    Any step can be the first: what it contains depends on (seed, purpose, step) alone.
+    NOT in paper: with batches of similar length and losses averaged over a batch's steps, a step in a batch of short episodes
+    weighs more than one in a batch of long ones. The logged NLLs are plain averages over the steps of unsorted test episodes.
+    """
+    draw, cfg = experts(run, eps), run.cfg
+    thin = round(cfg.thin * last)
+    for size, begin, end in ((cfg.thin_batch, first, thin), (size, max(first, thin), last)):
+        for chunk in range(begin // CHUNK, (end - 1) // CHUNK + 1):
+            rng = seed_everything(cfg.seed, purpose, chunk)
+            data = draw(rng, CHUNK * size)
+            by_length = data.length.argsort(kind="stable").reshape(CHUNK, size)  # CHUNK batches of equal-length episodes
+            for step, rows in enumerate(by_length[rng.permutation(CHUNK)], start=chunk * CHUNK):
+                if begin <= step < end:
+                    seed_everything(cfg.seed, purpose, step)
+                    batch = tensors(run, data[rows])
+                    yield step, thinned(batch, cfg.G) if step < thin else batch
+
+
+def tensors(run, data):
+    return {name: torch.from_numpy(value).to(run.device) for name, value in
+            {"obs": data.obs(), "action": data.action, "subgoal": data.subgoal, "mask": data.mask(), "switches": data.switches()}.items()}
 
 
 def evaluation_data(run, eps, n=1024):
@@ -666,10 +672,7 @@ def pretrain(run):
         saver = Saver(run, "base", base, optimizer, seconds, parent)
         bar = tqdm(total=cfg.base_steps, initial=first, desc="pretrain", unit="step", mininterval=1)
         thin = round(cfg.thin * cfg.base_steps)
-        for step, batch in itertools.chain(batches(run, "base", cfg.thin_batch, cfg.eps, first, thin),
-                                           batches(run, "base", cfg.base_batch, cfg.eps, max(first, thin), cfg.base_steps)):
-            if step < thin:
-                batch = thinned(batch, cfg.G)
+        for step, batch in batches(run, "base", cfg.base_batch, cfg.eps, first, cfg.base_steps):
             if cfg.turn:  # NOT in paper: four worlds for one, as demonstrations of the ant are expensive
                 g = torch.randint(4, (len(batch["mask"]), 1), device=run.device).expand(batch["obs"].shape[:2])
                 batch["obs"], _ = turned(world_of(cfg), g, batch["obs"], batch["action"])

@@ -313,7 +313,8 @@ def test_the_expert_turns_as_he_does_and_no_guess_of_his_goal_is_as_good(walks):
 
 def test_a_thinned_episode_keeps_where_cells_begin(walks):
     data, _ = walks
-    batch = {"obs": torch.from_numpy(data.obs()), "action": torch.from_numpy(data.action), "mask": torch.from_numpy(data.mask())}
+    batch = {"obs": torch.from_numpy(data.obs()), "action": torch.from_numpy(data.action), "mask": torch.from_numpy(data.mask()),
+             "switches": torch.from_numpy(data.switches())}
     torch.manual_seed(0)
     thin = train.thinned(batch, 4)
     assert .15 < thin["mask"].sum() / batch["mask"].sum() < .2  # one step in 8, and those
@@ -321,6 +322,8 @@ def test_a_thinned_episode_keeps_where_cells_begin(walks):
     for n in range(len(data.length)):
         seen, done, M = thin["obs"][n, :-1][thin["mask"][n]].numpy(), thin["action"][n][thin["mask"][n]].numpy(), cells.length[n]
         t = [int((np.abs(data.sensed[n] - o).sum(1) == 0).argmax()) for o in seen]
+        assert thin["switches"][n][thin["mask"][n]].nonzero()[:, 0].tolist() == [t.index(k) for k in data.switches()[n].nonzero()[0]]
+        assert np.array_equal(thin["obs"][n, len(t)], data.sensed[n, data.length[n]])  # the last observation
         assert t == sorted(set(t)) and set(when[n, :M]) <= set(t) and np.array_equal(done, data.action[n, t])
 
 
