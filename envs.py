@@ -744,7 +744,7 @@ def grid_expert(world, dist, rng, eps, stuck):
 def ant_expert(world, dist, rng, walk, stuck):
     """`act` for `simulate`: walk to the centre of the next cell on a shortest path; from anywhere in a cell that line stays within the two cells.
 
-    walk(felt (n, 29)) -> torques (n, 8), see `Ants.felt`. Among equally short ways an episode prefers, in each cell, one drawn at its start:
+    walk(felt (n, 29)) -> torques (n, 8), see `feel`. Among equally short ways an episode prefers, in each cell, one drawn at its start:
     an ant that reconsidered at every step would stagger.
     """
     taste = rng.random((len(dist), world.cells, 4)) + .1
@@ -796,7 +796,8 @@ def by_cells(world, data):
     when = np.where(exists, np.pad(place, ((0, 0), (1, 0)))[:, :-1], 0)  # the first cell is entered at 0
     pick = lambda x: np.take_along_axis(x, when, axis=1)
     before, after = pick(data.agent), np.where(exists, np.take_along_axis(data.agent, place, axis=1), 0)
-    action = (neighbour_table(world.G)[before] == after[..., None]).argmax(-1)  # (N, M, 4) -> (N, M)
+    way = neighbour_table(world.G)[before] == after[..., None]  # (N, M, 4)
+    action = np.where(way.any(-1), way.argmax(-1), -1)  # -1: across a corner
     last = np.take_along_axis(data.agent, data.length[:, None], axis=1)  # (N, 1)
     agent = np.concatenate([before, last], axis=1)
     agent[np.arange(N), length] = last[:, 0]

@@ -66,7 +66,7 @@ def draw_curves(folders, to):
     for axis, (_, title, seeds) in zip(axes[0], panels):
         for log in seeds:
             axis.plot([line["step"] for line in log], [line["nll"] for line in log], color="tab:blue", alpha=.7)
-        if seeds[0][-1].get("bayes") is not None:  # the ant has no exact bounds
+        if seeds[0][-1].get("bayes") is not None:  # the ant's NLL has no exact bounds
             axis.axhline(seeds[0][-1]["bayes"], color="black", ls="--", lw=1, label="Bayes-optimal, goal unknown")
             axis.axhline(seeds[0][-1]["known"], color="black", ls=":", lw=1, label="goal known")
             axis.legend(fontsize=7)
@@ -170,11 +170,12 @@ def seed_results(folder):
     weights = lambda name: torch.load(folder / f"{name}.pt", map_location="cpu", weights_only=True)["model"]
     unchanged = all(torch.equal(a, b) for a, b in zip(weights("base").values(), weights("raw").values())) if last["raw"] else None
     made = [read(f"demonstrations-{kind}/made.json").get("seconds", 0) for kind in ("noisy", "clean")]
-    own = ({"bayes_gap_closed": base.get("gap_closed")} if "expert_success" not in plain else
-           {"expert_success": plain["expert_success"], "nll": base.get("nll"), "right_turns": base.get("right_turns"),
-            "right_turns_bayes": base.get("right_turns_bayes"), "switch_f1_5": meta.get("f1_5"), "transplant_with": plain.get("transplant_with"),
+    expert = plain.get("expert_success")
+    own = ({"bayes_gap_closed": base.get("gap_closed")} if "right_turns" not in base else
+           {"expert_success": expert, "nll": base.get("nll"), "right_turns": base.get("right_turns"),
+            "right_turns_bayes": base.get("right_turns_bayes"), "right_turns_blind": base.get("right_turns_blind"), "switch_f1_5": meta.get("f1_5"), "transplant_with": plain.get("transplant_with"),
             "transplant_without": plain.get("transplant_without"),
-            "rl_success_normalised": plain.get("rl_success") and plain["rl_success"] / plain["expert_success"]})
+            "rl_success_normalised": plain["rl_success"] / expert if expert and "rl_success" in plain else None})
     return {"seed": int(folder.name.removeprefix("seed")), **own,
             "control_success": plain.get("control_success"), "switch_f1": meta.get("f1"), "switch_f1_1": meta.get("f1_1"),
             "undecided": meta.get("undecided"), "code_identity": identity and identity / meta["code_identity_max"], "code_success": plain.get("code_success"),
@@ -186,7 +187,7 @@ def seed_results(folder):
 
 
 ROWS = (("base: share of the gap to Bayes closed", "bayes_gap_closed", "{:.1%}"), ("base: NLL, nats per action", "nll", "{:.2f}"),
-        ("base: right turns", "right_turns", "{:.3f}"), ("Bayes-optimal: right turns", "right_turns_bayes", "{:.3f}"),
+        ("base: right turns", "right_turns", "{:.3f}"), ("Bayes-optimal: right turns", "right_turns_bayes", "{:.3f}"), ("goal-blind: right turns", "right_turns_blind", "{:.3f}"),
         ("the ant's expert, success", "expert_success", "{:.3f}"), ("true-subgoal controllers (C.3), success", "control_success", "{:.3f}"),
         ("gate F1, exact step", "switch_f1", "{:.3f}"), ("gate F1, +-1 step", "switch_f1_1", "{:.3f}"), ("gate F1, +-5 steps", "switch_f1_5", "{:.3f}"),
         ("gates between .1 and .9", "undecided", "{:.1%}"),

@@ -53,7 +53,7 @@ class GaussianHead(nn.Module):
     """A Gaussian with learned diagonal covariance (C.1.2), for the continuous actions and observations of a body.
 
     x (..., D) -> (..., 2 n): mean, then log std, which is one learned vector, the same at every step. NOT in paper, which is silent: it starts
-    at -1.5, near the walker's; from 0 it takes hundreds of steps of Adam to come down, and the means learn little in that time.
+    at -1.5 (the walker's own is -2); from 0 it takes hundreds of steps of Adam to come down.
     """
 
     def __init__(self, width, n):

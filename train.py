@@ -517,7 +517,8 @@ def expert(run):
 
 
 def expert_success(run, walker, tasks, n=256, noise=1.):
-    """Share of n episodes of the given tasks, in turn, that the ant's expert completes: what the ant's other rates are divided by."""
+    """Share of n episodes of the given tasks, in turn, that the ant's expert completes. noise: 1 with its own, 0 with its mean action, which is what
+    internal RL's success is divided by."""
     world, rng = world_of(run.cfg), seed_everything(EVAL_SEED, "eval", 4)
     things, agent = sample_layouts(world, rng, n)
     act = ant_expert(world, distances(world, things), rng, walker.walk(noise), np.zeros(n, bool))
@@ -586,9 +587,9 @@ def experts(run, eps):
 def thinned(batch, G, share=.12):
     """Of each of the ant's episodes the first step, the first step in every further cell, and a random share of the others: a batch like `batch`.
 
-    NOT in paper. Where an ant is heading shows in the first steps after it has entered a cell; then it just walks, for 30 steps. So a base has long learned to
-    walk before it learns whereto (see internal_rl.right_turns); a controller can steer it nowhere else. Of episodes cut down to these steps five times as many are
-    seen in the same time.
+    NOT in paper. Where an ant is heading shows in the first steps after it has entered a cell; then it just walks, for 20 steps more. So a base has long learned
+    to walk before it learns whereto (see internal_rl.right_turns), and a controller can only steer to where the base would know how to go. Of episodes cut down to
+    these steps about five times as many are seen in the same time. With lam > 0 the observation loss is about the next observation that is kept.
     """
     obs, mask = batch["obs"], batch["mask"]  # (B, T+1, F), (B, T)
     B, T = mask.shape
@@ -609,17 +610,17 @@ def batches(run, purpose, size, eps, first, last):
     """Yield (step, batch) for steps first .. last-1; batch: dict of tensors obs (B, T+1, K), action, subgoal, mask, switches (B, T).
 
     eps: share of random actions; None for clean demonstrations (C.4.4). The first share `thin` of the steps gets thinned episodes.
-    Any step can be the first: what it contains depends on (seed, purpose, step) alone.
+    Any step can be the first: what it contains depends on (seed, purpose, step) alone, and, with `thin`, on last.
     NOT in paper: with batches of similar length and losses averaged over a batch's steps, a step in a batch of short episodes
     weighs more than one in a batch of long ones. The logged NLLs are plain averages over the steps of unsorted test episodes.
     """
     draw, cfg = experts(run, eps), run.cfg
     thin = round(cfg.thin * last)
-    for size, begin, end in ((cfg.thin_batch, first, thin), (size, max(first, thin), last)):
+    for n, begin, end in ((cfg.thin_batch, first, thin), (size, max(first, thin), last)):  # no steps where begin >= end
         for chunk in range(begin // CHUNK, (end - 1) // CHUNK + 1):
             rng = seed_everything(cfg.seed, purpose, chunk)
-            data = draw(rng, CHUNK * size)
-            by_length = data.length.argsort(kind="stable").reshape(CHUNK, size)  # CHUNK batches of equal-length episodes
+            data = draw(rng, CHUNK * n)
+            by_length = data.length.argsort(kind="stable").reshape(CHUNK, n)  # CHUNK batches of equal-length episodes
             for step, rows in enumerate(by_length[rng.permutation(CHUNK)], start=chunk * CHUNK):
                 if begin <= step < end:
                     seed_everything(cfg.seed, purpose, step)
@@ -689,8 +690,7 @@ def pretrain(run):
                     recorded = Demonstrations(run, "noisy", parent)[np.arange(HELD_OUT)]
                     with torch.no_grad():
                         mean = base.action_logits(base.lower(test["obs"][:, :-1]))[..., :8].cpu().numpy()  # (N, T, 8)
-                    turns, turns_bayes = right_turns(parent, world_of(cfg), recorded, mean)
-                    bounds = {"right_turns": turns, "right_turns_bayes": turns_bayes}
+                    bounds = right_turns(parent, world_of(cfg), recorded, mean)
                 else:
                     bounds = {"bayes": bayes, "known": known, "gap_closed": (np.log(4) - nll) / (np.log(4) - bayes)}
                 log(run, "base", bar, ("nll", *bounds, "episodes_per_s"), step=step + 1, seconds=saver.seconds(), episodes=episodes, nll=nll, **bounds,
@@ -856,8 +856,7 @@ def evaluate(run):
     alone = lambda model, rng: play(model, world, [world.post_task] * n, rng)[1]
     coded = lambda base, meta, policy=None: internal_episodes(base, meta, world, fresh_rng(), n, policy)[1]
     if not kind and world.body == "ant" and finished(run, "walker"):
-        # Its mean action, as with experts is usual: the harder thing to be compared with.
-        rows["expert_success"] = "the ant's expert, told the task (C.1.1)", expert_success(run, expert(run), [world.post_task], n, noise=0)
+        rows["expert_success"] = "the ant's expert, mean action, told the task", expert_success(run, expert(run), [world.post_task], n, noise=0)
     if not kind and finished(run, "base"):
         base, rng = pretrain(run), fresh_rng()
         # Blind success is rare: 20 times as many episodes.

@@ -306,9 +306,9 @@ def test_an_episode_cell_by_cell(walks):
 
 def test_the_expert_turns_as_he_does_and_no_guess_of_his_goal_is_as_good(walks):
     data, walker = walks
-    own, bayes = right_turns(walker, WORLD, data, data.action)
-    assert own > .98 and .55 < bayes < .95
-    assert right_turns(walker, WORLD, data, np.zeros_like(data.action))[0] < .5
+    shares = right_turns(walker, WORLD, data, data.action)
+    assert shares["right_turns"] > .98 and shares["right_turns_blind"] < shares["right_turns_bayes"] - .1 and .6 < shares["right_turns_bayes"] < .9
+    assert right_turns(walker, WORLD, data, np.zeros_like(data.action))["right_turns"] < .5
 
 
 def test_a_thinned_episode_keeps_where_cells_begin(walks):
@@ -342,7 +342,7 @@ def test_the_picture_shows_the_ant_on_its_board():
 SHORT = ["--preset", "ant-paper", "--threads", "1", "--T", "24", "--evaluations", "1", "--walker_updates", "3", "--demonstrations", "80", "--width", "32",
          "--layers", "2", "--layer", "1", "--heads", "2", "--hidden", "32", "--base_steps", "3", "--base_batch", "4", "--control_steps", "2",
          "--control_batch", "4", "--meta_steps", "2", "--meta_batch", "4", "--rl_updates", "2", "--rl_batch", "8", "--eval_episodes", "16",
-         "--policy_width", "16", "--symmetric", "True", "--splice", ".5", "--shuffle", ".5", "--alpha_ramp", "2"]
+         "--policy_width", "16", "--symmetric", "True", "--splice", ".5", "--shuffle", ".5", "--alpha_ramp", "2", "--thin", ".5", "--thin_batch", "4", "--turn", "True", "--relative", "True"]
 
 
 def staggering(world, rng, n, eps=0., walk=None):
