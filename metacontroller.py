@@ -27,7 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from envs import symmetries
-from model import Block, Hawk, action_nll, linear, mlp
+from model import Block, Hawk, action_nll, linear, mlp, symexp, symlog
 
 # ------------------------------------------------------------------------------------------------ 1. decoder (Eq. 11, 18)
 
@@ -80,12 +80,11 @@ def turned(world, g, obs, action):
     cos, sin = ((g * (math.pi / 2)).cos().round()[..., None], (g * (math.pi / 2)).sin().round()[..., None])
     new = obs.clone()
     new[..., x], new[..., x + 1] = cos * obs[..., x] - sin * obs[..., x + 1], sin * obs[..., x] + cos * obs[..., x + 1]
-    quaternion = obs[..., 1:5].sign() * obs[..., 1:5].abs().expm1()
-    w, i, j, k = quaternion.unbind(-1)
+    w, i, j, k = symexp(obs[..., 1:5]).unbind(-1)
     c, s = (g * (math.pi / 4)).cos(), (g * (math.pi / 4)).sin()  # half the angle
     quaternion = torch.stack([c * w - s * k, c * i - s * j, c * j + s * i, c * k + s * w], dim=-1)
     quaternion = torch.where(quaternion[..., :1] < 0, -quaternion, quaternion)  # w >= 0, as in the observation
-    new[..., 1:5] = quaternion.sign() * quaternion.abs().log1p()
+    new[..., 1:5] = symlog(quaternion)
     return new, action
 
 

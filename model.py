@@ -44,6 +44,16 @@ def mlp(width, hidden, outputs=None, scale=0.1):
     return nn.Sequential(linear(width, hidden, scale), nn.ReLU(), linear(hidden, outputs or width, scale))
 
 
+def symlog(x):
+    """envs.symlog, of tensors."""
+    return x.sign() * x.abs().log1p()
+
+
+def symexp(x):
+    """envs.symexp, of tensors."""
+    return x.sign() * x.abs().expm1()
+
+
 def gaussian_logp(x, mean, log_std):
     """ln N(x; mean, diag std^2), summed over dimensions: each (..., n) -> (...)."""
     return (-.5 * ((x - mean) / log_std.exp()) ** 2 - log_std - .5 * math.log(2 * math.pi)).sum(-1)
@@ -108,8 +118,7 @@ class BodyEmbedding(nn.Module):
 
     NOT in paper, where a linear layer is all. Added here, computed from the observation: how many cells away every thing lies (a look-up, as in
     ObsEmbedding with relative=True); and seen from the torso, as a walker feels it: the axes of the board, the velocity, the place in the cell. Nothing of
-    it is new information. But torques depend on products of a direction on the board with the torso's orientation, which a small network learns slowly
-    (README).
+    it is new information. But torques depend on products of a direction on the board with the torso's orientation. What it buys has not been measured.
     """
 
     def __init__(self, sensors, cells, things, width):
@@ -121,11 +130,9 @@ class BodyEmbedding(nn.Module):
 
     def forward(self, obs):
         B, T, _ = obs.shape
-        symexp = lambda x: x.sign() * x.abs().expm1()
         R = torch.stack(rotation(*symexp(obs[..., 1:5]).unbind(-1)), dim=-1)  # (B, T, 9)
         own = lambda v: torch.einsum("btij,bti->btj", R.view(B, T, 3, 3)[:, :, :v.shape[-1]], v)  # R^T v: board (B, T, 2 or 3) -> torso (B, T, 3)
-        velocity = own(symexp(obs[..., 13:16]))
-        x = self.linear(torch.cat([obs, R, velocity.sign() * velocity.abs().log1p(), own(obs[..., -2:])], dim=-1))
+        x = self.linear(torch.cat([obs, R, symlog(own(symexp(obs[..., 13:16]))), own(obs[..., -2:])], dim=-1))
         away = obs[..., 29:-2].view(B, T, self.kinds, 2) * self.G + obs[..., None, -2:]  # in half cells: to k's cell, from the torso and its own cell
         away = (away / 2).round().long().clamp(1 - self.G, self.G - 1) + self.G - 1  # (B, T, K-1, 2): x, y in whole cells
         rows = (torch.arange(self.kinds, device=obs.device) * (2 * self.G - 1) + away[..., 1]) * (2 * self.G - 1) + away[..., 0]

@@ -606,6 +606,11 @@ def thinned(batch, G, share=.12):
     return {name: value[rows, steps] for name, value in batch.items()} | {"obs": obs[rows, seen], "mask": keep[rows, steps]}
 
 
+def thin_steps(cfg, steps):
+    """How many of a stage's `steps`, at its beginning, see thinned episodes."""
+    return round(cfg.thin * steps)
+
+
 def batches(run, purpose, size, eps, first, last):
     """Yield (step, batch) for steps first .. last-1; batch: dict of tensors obs (B, T+1, K), action, subgoal, mask, switches (B, T).
 
@@ -615,7 +620,7 @@ def batches(run, purpose, size, eps, first, last):
     weighs more than one in a batch of long ones. The logged NLLs are plain averages over the steps of unsorted test episodes.
     """
     draw, cfg = experts(run, eps), run.cfg
-    thin = round(cfg.thin * last)
+    thin = thin_steps(cfg, last)
     for n, begin, end in ((cfg.thin_batch, first, thin), (size, max(first, thin), last)):  # no steps where begin >= end
         for chunk in range(begin // CHUNK, (end - 1) // CHUNK + 1):
             rng = seed_everything(cfg.seed, purpose, chunk)
@@ -670,9 +675,10 @@ def pretrain(run):
     first, seconds, done = resume(run, "base", base, optimizer, parent)
     if not done:
         test, bayes, known = evaluation_data(run, cfg.eps)
+        recorded = None if parent is None else Demonstrations(run, "noisy", parent)[np.arange(HELD_OUT)]  # the episodes of `test`
         saver = Saver(run, "base", base, optimizer, seconds, parent)
         bar = tqdm(total=cfg.base_steps, initial=first, desc="pretrain", unit="step", mininterval=1)
-        thin = round(cfg.thin * cfg.base_steps)
+        thin = thin_steps(cfg, cfg.base_steps)
         for step, batch in batches(run, "base", cfg.base_batch, cfg.eps, first, cfg.base_steps):
             if cfg.turn:  # NOT in paper: four worlds for one, as demonstrations of the ant are expensive
                 g = torch.randint(4, (len(batch["mask"]), 1), device=run.device).expand(batch["obs"].shape[:2])
@@ -686,8 +692,7 @@ def pretrain(run):
                 with torch.no_grad(), autocast(run):
                     nll = pretraining_loss(base, test["obs"], test["action"], test["mask"])[1].item()
                 episodes = min(step + 1, thin) * cfg.thin_batch + max(step + 1 - thin, 0) * cfg.base_batch
-                if bayes is None:
-                    recorded = Demonstrations(run, "noisy", parent)[np.arange(HELD_OUT)]
+                if recorded is not None:
                     with torch.no_grad():
                         mean = base.action_logits(base.lower(test["obs"][:, :-1]))[..., :8].cpu().numpy()  # (N, T, 8)
                     bounds = right_turns(parent, world_of(cfg), recorded, mean)
