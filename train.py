@@ -159,8 +159,8 @@ PRESETS = {
     "grid-paper": Config(),
     # The ant on a laptop. Not settled: see the README's section on it.
     "ant-small": Config(body="ant", G=4, O=4, W=1, T=500, task_set="singles", demonstrations=16_000, mixer="hawk", width=64, layers=4, heads=4,
-                        hidden=128, relative=True, lam=0., layer=0, read=2, warmup=100, decay=.5, thin=.8, turn=True,
-                        base_steps=15_000, base_batch=32, base_lr=3e-3, rank=0, control_steps=1500, control_batch=32, control_lr=3e-3,
+                        hidden=256, relative=True, lam=.2, layer=0, read=2, warmup=100, decay=.5, thin=.8, turn=True,
+                        base_steps=6000, base_batch=32, base_lr=1e-2, rank=0, control_steps=1500, control_batch=32, control_lr=3e-3,
                         symmetric=True, splice=1., shuffle=1., decoder_hidden=64, meta_rank=0, meta_steps=3000, meta_batch=32, meta_lr=1.5e-3, alpha=.1,
                         alpha_start=700, alpha_ramp=1000,
                         rl_updates=100, rl_batch=256, rl_lr=1e-3, std_lr=1e-2, raw_lr=3e-4, rl_epochs=2, evaluations=6, eval_episodes=256),
@@ -584,7 +584,7 @@ def experts(run, eps):
     return lambda rng, n: recorded[rng.integers(HELD_OUT, run.cfg.demonstrations, n)]
 
 
-def thinned(batch, G, share=.12):
+def thinned(batch, G, share):
     """Of each of the ant's episodes the first step, the first step in every further cell, and a random share of the others: a batch like `batch`.
 
     NOT in paper. Where an ant is heading shows in the first steps after it has entered a cell; then it just walks, for 20 steps more. So a base has long learned
@@ -630,7 +630,8 @@ def batches(run, purpose, size, eps, first, last):
                 if begin <= step < end:
                     seed_everything(cfg.seed, purpose, step)
                     batch = tensors(run, data[rows])
-                    yield step, thinned(batch, cfg.G) if step < thin else batch
+                    # The share of further steps grows: a goal is found out the sooner, the fewer steps it has to be remembered for.
+                    yield step, thinned(batch, cfg.G, .2 * (step / thin) ** 2) if step < thin else batch
 
 
 def tensors(run, data):
