@@ -362,6 +362,43 @@ def feel(qpos, qvel, heading):
                            qpos[:, 7:], symlog(qvel[:, 6:])], axis=1).astype(np.float32)
 
 
+def leg_tables(order):
+    """(4, 8) which of the 8 values of legs in this `order`, hip and ankle each, takes a place when the legs are renamed k = 0 .. 3 places on, and its sign."""
+    signs = (1, -1, -1, 1)  # of the ankles' ranges, see ant_model: those of legs 2 and 3 bend the other way
+    source, sign = np.zeros((4, 8), np.int64), np.ones((4, 8), np.float32)
+    for k in range(4):
+        for place, leg in enumerate(order):
+            old = (leg - k) % 4  # its name before
+            source[k, 2 * place:2 * place + 2] = 2 * order.index(old) + np.arange(2)
+            sign[k, 2 * place + 1] = signs[leg] * signs[old]
+    return source, sign
+
+
+# An ant has four equal legs. With leg 1 called 2, 2 called 3 and so on, seen from a torso that faces a quarter turn less, it is the same ant.
+JOINTS, MOTORS = leg_tables((0, 1, 2, 3)), leg_tables((3, 0, 1, 2))
+
+
+def renamed(tables, k, values):
+    """values (N, 8) of the joints or the motors (tables: JOINTS, MOTORS) after the legs were renamed k (N,) places on, k any integers."""
+    source, sign = tables
+    return np.take_along_axis(values, source[k % 4], axis=1) * sign[k % 4]
+
+
+def facing(felt):
+    """What is felt (N, 29) by the same ants with their legs renamed so that the heading lies within 45 degrees of leg 2; and by how many places, k (N,).
+
+    NOT in paper. An expert who first does so walks in all four directions alike, so a demonstration with its legs renamed is a demonstration, too: a symmetry
+    that metacontroller.image_of needs, as otherwise codes name directions in the ant's own frame. (Why leg 2: that is where the first walker walked best.)
+    """
+    k = np.round((.75 * np.pi - np.arctan2(felt[:, 11], felt[:, 10])) / (np.pi / 2)).astype(np.int64) % 4
+    c, s = np.array([1, 0, -1, 0], np.float32)[k], np.array([0, 1, 0, -1], np.float32)[k]
+    new = felt.copy()
+    for x in (1, 4, 7, 10):  # up, velocity, angular velocity, heading
+        new[:, x], new[:, x + 1] = c * felt[:, x] - s * felt[:, x + 1], s * felt[:, x] + c * felt[:, x + 1]
+    new[:, 13:21], new[:, 21:] = renamed(JOINTS, k, felt[:, 13:21]), renamed(JOINTS, k, felt[:, 21:])
+    return new, k
+
+
 class Ants:
     """The physics of N ants on an endless plane, stepped together on native threads: `threads`, or Ants.threads; 0 means all cores.
 

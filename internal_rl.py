@@ -29,8 +29,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from envs import (CELL, FRAME_SKIP, PHYSICS_STEP, Ants, by_cells, cell_centres, contents_table, distances, exact_bounds, expert_probs, feel, pose_of,
-                  sample_layouts, simulate, symexp)
+from envs import (CELL, FRAME_SKIP, MOTORS, PHYSICS_STEP, Ants, by_cells, cell_centres, contents_table, distances, exact_bounds, expert_probs, facing, feel,
+                  pose_of, renamed, sample_layouts, simulate, symexp)
 from model import Block, Hawk, action_nll, gaussian_logp, linear, sample_action
 
 BETA_THRESHOLD = 0.5  # Algorithm 1 and C.6
@@ -367,7 +367,7 @@ SPEED = 1.5  # m/s along the heading; more earns nothing
 
 
 class Walker(nn.Module):
-    """Actor and critic: what an ant feels (n, 29), see `envs.feel` -> torques (n, 8), value (n,)."""
+    """Actor and critic: what an ant feels (n, 29) that faces its heading, see `envs.feel` and `facing` -> torques (n, 8), value (n,)."""
 
     def __init__(self, felt=29, actions=8, hidden=128):
         super().__init__()
@@ -379,8 +379,9 @@ class Walker(nn.Module):
         """`walk` for `envs.ant_expert`, in NumPy: a ~ N(mean, (noise * std)^2); noise = 0 walks cleanly (C.4.4)."""
         @torch.no_grad()
         def walk(felt):
+            felt, k = facing(felt)
             mean = self.actor(torch.from_numpy(felt))
-            return (mean + noise * self.log_std.exp() * torch.randn_like(mean)).clamp(-1, 1).numpy()  # what the motors can do
+            return renamed(MOTORS, -k, (mean + noise * self.log_std.exp() * torch.randn_like(mean)).clamp(-1, 1).numpy())  # what the motors can do
         return walk
 
 
@@ -419,11 +420,12 @@ def walker_step(walker, optimizer, rng, n=64, steps=128, epochs=4, minibatches=8
     heading, record, speed = compass(n), [], []
     with torch.no_grad():
         for _ in range(steps):
-            felt, before = torch.from_numpy(ants.felt(heading)), ants.qpos[:, :2].copy()
+            (felt, k), before = facing(ants.felt(heading)), ants.qpos[:, :2].copy()
+            felt = torch.from_numpy(felt)
             mean = walker.actor(felt)
             action = mean + walker.log_std.exp() * torch.randn_like(mean)
-            ants.step(rows, action.numpy())
-            then = ants.felt(heading)
+            ants.step(rows, renamed(MOTORS, -k, action.numpy()))
+            then, _ = facing(ants.felt(heading))
             reward, over, along = walk_reward(ants, then, heading, before, action.numpy())
             speed.append(along.mean())
             after = walker.critic(torch.from_numpy(then))[:, 0]  # before the heading turns or anyone is put elsewhere

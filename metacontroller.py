@@ -26,7 +26,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from envs import symmetries
+from envs import JOINTS, MOTORS, symmetries
 from model import Block, Hawk, action_nll, linear, mlp, symexp, symlog
 
 # ------------------------------------------------------------------------------------------------ 1. decoder (Eq. 11, 18)
@@ -67,10 +67,14 @@ class Decoder(nn.Module):
 
 # ------------------------------------------------------------------------------------------------ 2. what is steered; true subgoals (C.3)
 
+SYMMETRIES = {"point": 8, "ant": 16}
+
+
 def turned(world, g, obs, action):
     """Steps seen and done in a turned world: g (B, T) which symmetry; obs (B, T, K or F), action (B, T) or (B, T, 8) -> the same shapes.
 
-    The grid has 8 symmetries (envs.symmetries); of the ant's we use the 4 quarter turns, which leave its torques as they are.
+    The grid has 8 symmetries (envs.symmetries); of the ant's we use 16: g % 4 quarter turns of all, which leave its torques as they are, and
+    its legs renamed g // 4 places on (envs.JOINTS), with the board left as it is.
     """
     if world.body == "point":
         cells, actions = (torch.from_numpy(table).to(obs.device) for table in symmetries(world.G))  # (8, C), (8, 4)
@@ -81,11 +85,19 @@ def turned(world, g, obs, action):
     new = obs.clone()
     new[..., x], new[..., x + 1] = cos * obs[..., x] - sin * obs[..., x + 1], sin * obs[..., x] + cos * obs[..., x + 1]
     w, i, j, k = symexp(obs[..., 1:5]).unbind(-1)
-    c, s = (g * (math.pi / 4)).cos(), (g * (math.pi / 4)).sin()  # half the angle
-    quaternion = torch.stack([c * w - s * k, c * i - s * j, c * j + s * i, c * k + s * w], dim=-1)
+    c, s = (g * (math.pi / 4)).cos(), (g * (math.pi / 4)).sin()  # half the angle; the sign of a quaternion means nothing
+    w, i, j, k = c * w - s * k, c * i - s * j, c * j + s * i, c * k + s * w
+    places = g // 4
+    c, s = (places * (math.pi / 4)).cos(), -(places * (math.pi / 4)).sin()  # the torso turns back by as much, about its own axis
+    quaternion = torch.stack([c * w - s * k, c * i + s * j, c * j - s * i, c * k + s * w], dim=-1)
     quaternion = torch.where(quaternion[..., :1] < 0, -quaternion, quaternion)  # w >= 0, as in the observation
     new[..., 1:5] = symlog(quaternion)
-    return new, action
+    cos, sin = (places * (math.pi / 2)).cos().round(), (places * (math.pi / 2)).sin().round()
+    new[..., 16], new[..., 17] = cos * obs[..., 16] - sin * obs[..., 17], sin * obs[..., 16] + cos * obs[..., 17]  # angular velocity, in its own frame
+    joints, motors = ([torch.from_numpy(table).to(obs.device)[places] for table in tables] for tables in (JOINTS, MOTORS))  # each (B, T, 8) twice
+    for x in (5, 19):  # angles, velocities
+        new[..., x:x + 8] = obs[..., x:x + 8].gather(-1, joints[0]) * joints[1]
+    return new, action.gather(-1, motors[0]) * motors[1]
 
 
 def exchanged(world, colours, obs):
@@ -130,7 +142,7 @@ def image_of(batch, world, symmetric, splice, shuffle):
     colours = torch.rand(B, world.O, device=device).argsort(1)  # (B, O) a permutation each
     seen = obs[row, step]  # (B, T, K)
     seen = torch.where((past & shuffled)[..., None], exchanged(world, colours, seen), seen)
-    g = torch.randint((8 if world.body == "point" else 4) if symmetric else 1, (B, 1), device=device)[row, 0]  # (B, T); 0 is the identity
+    g = torch.randint(SYMMETRIES[world.body] if symmetric else 1, (B, 1), device=device)[row, 0]  # (B, T); 0 is the identity
     seen, action = turned(world, g, seen, action[row, step])
     return {"obs": seen, "action": action, "row": row, "step": step, "mask": batch["mask"] & ~(past & shuffled)}
 

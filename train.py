@@ -40,7 +40,7 @@ from tqdm import tqdm
 from envs import Ants, Trajectories, World, ant_expert, concatenate, distances, exact_bounds, generate, sample_layouts, simulate
 from internal_rl import (Policy, Walker, code_identity, control_success, internal_episodes, internal_rl_step, play, raw_rl_step,
                          right_turns, transplant, walker_step)
-from metacontroller import Decoder, Metacontroller, control_loss, discovery_loss, gate_scores, image_of, turned
+from metacontroller import SYMMETRIES, Decoder, Metacontroller, control_loss, discovery_loss, gate_scores, image_of, turned
 from model import SequenceModel, pretraining_loss
 
 # ------------------------------------------------------------------------------------------------ 1. configuration
@@ -681,9 +681,11 @@ def pretrain(run):
         bar = tqdm(total=cfg.base_steps, initial=first, desc="pretrain", unit="step", mininterval=1)
         thin = thin_steps(cfg, cfg.base_steps)
         for step, batch in batches(run, "base", cfg.base_batch, cfg.eps, first, cfg.base_steps):
-            if cfg.turn:  # NOT in paper: four worlds for one, as demonstrations of the ant are expensive
-                g = torch.randint(4, (len(batch["mask"]), 1), device=run.device).expand(batch["obs"].shape[:2])
-                batch["obs"], _ = turned(world_of(cfg), g, batch["obs"], batch["action"])
+            if cfg.turn:  # NOT in paper: sixteen worlds for one, as demonstrations of the ant are expensive
+                g = torch.randint(SYMMETRIES["ant"], (len(batch["mask"]), 1), device=run.device).expand(batch["obs"].shape[:2])
+                # No action follows the last observation.
+                batch["obs"], action = turned(world_of(cfg), g, batch["obs"], torch.nn.functional.pad(batch["action"], (0, 0, 0, 1)))
+                batch["action"] = action[:, :-1]
             with autocast(run):
                 loss, _ = pretraining_loss(base, batch["obs"], batch["action"], batch["mask"])
             optimise("base", step, loss, base, optimizer, cfg.base_lr * schedule(cfg, step, cfg.base_steps))

@@ -2,8 +2,8 @@
 import functools
 import warnings
 
-from envs import (CELL, HEIGHT, AntWorlds, Ants, World, ant_expert, ant_model, by_cells, cell_centres, distances, generate, neighbour_table,
-                  pose_of, sample_layouts, simulate)  # before mujoco: sets MUJOCO_GL
+from envs import (CELL, HEIGHT, JOINTS, MOTORS, AntWorlds, Ants, World, ant_expert, ant_model, by_cells, cell_centres, distances, facing, generate,
+                  neighbour_table, pose_of, renamed, sample_layouts, simulate)  # before mujoco: sets MUJOCO_GL
 from internal_rl import Walker, gae, right_turns, walker_step
 from metacontroller import exchanged, turned
 from model import BodyEmbedding
@@ -238,6 +238,39 @@ def test_a_turned_observation_is_what_is_seen_in_a_turned_world(quarters):
     other.ants.qvel[:] = w.ants.qvel
     other.ants.qvel[:, :2] = w.ants.qvel[:, :2] @ turn.T
     assert np.allclose(seen[:, 0], other.obs(), atol=1e-5)
+
+
+@pytest.mark.parametrize("places", [1, 2, 3])
+def test_an_ant_with_its_legs_renamed_is_the_same_ant(places):
+    w, other = worlds(3), worlds(3)
+    act = rng().uniform(-1, 1, (6, 3, 8)).astype(np.float32)
+    for action in act[:3]:
+        w.step(action)
+    state, angle = w.ants.qpos.copy(), -places * np.pi / 2
+    back = np.array([np.cos(angle / 2), 0, 0, np.sin(angle / 2)])
+    k = np.full(3, places)
+    joints = lambda x: np.take_along_axis(x, JOINTS[0][k], 1) * JOINTS[1][k]
+    for n in range(3):
+        quaternion = np.empty(4)
+        mujoco.mju_mulQuat(quaternion, state[n, 3:7], back)
+        state[n, 3:7] = quaternion
+    velocity = w.ants.qvel.copy()
+    velocity[:, 3], velocity[:, 4] = (np.cos(-angle) * w.ants.qvel[:, 3] - np.sin(-angle) * w.ants.qvel[:, 4],
+                                      np.sin(-angle) * w.ants.qvel[:, 3] + np.cos(-angle) * w.ants.qvel[:, 4])
+    state[:, 7:], velocity[:, 6:] = joints(state[:, 7:]), joints(velocity[:, 6:])
+    other.ants.qpos[:], other.ants.qvel[:] = state, velocity
+    other.things, other.agent = w.things, w.agent
+    g = torch.full((3, 1), 4 * places)
+    heading = np.array([[1., 0.], [0., 1.], [-.6, .8]])
+    for action in act[3:]:  # the same torques under their new names move it in the same way
+        seen, renamed_action = turned(WORLD, g, torch.from_numpy(w.obs())[:, None], torch.from_numpy(action)[:, None])
+        assert np.allclose(seen[:, 0], other.obs(), atol=1e-4)
+        (felt, j), (felt_other, j_other) = facing(w.ants.felt(heading)), facing(other.ants.felt(heading))
+        assert np.allclose(felt, felt_other, atol=1e-4) and ((j - j_other) % 4 == places).all()  # a walker is told the same ..
+        assert np.allclose(renamed(MOTORS, k, renamed(MOTORS, -j, action)), renamed(MOTORS, -j_other, action))  # .. and does the same
+        w.step(action)
+        other.step(renamed_action[:, 0].numpy())
+    assert np.abs(facing(w.ants.felt(heading))[0][:, 10:12] @ [-1, 1] / 2 ** .5 - 1).max() < .3  # cos 45 degrees
 
 
 def test_what_the_embedding_adds_is_what_a_walker_feels_and_how_far_things_are():
