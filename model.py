@@ -118,7 +118,7 @@ class BodyEmbedding(nn.Module):
 
     NOT in paper, where a linear layer is all. Added here, computed from the observation: how many cells away every thing lies (a look-up, as in
     ObsEmbedding with relative=True); and seen from the torso, as a walker feels it: the axes of the board, the velocity, the place in the cell. Nothing of
-    it is new information. But torques depend on products of a direction on the board with the torso's orientation. What it buys has not been measured.
+    it is new information. But torques depend on products of a direction on the board with the torso's orientation. What it buys: README.
     """
 
     def __init__(self, sensors, cells, things, width):
