@@ -161,7 +161,7 @@ PRESETS = {
     "ant-small": Config(body="ant", G=4, O=4, W=1, T=500, task_set="singles", demonstrations=16_000, mixer="hawk", width=64, layers=4, heads=4,
                         hidden=256, relative=True, lam=.2, layer=0, read=2, warmup=100, decay=.5, thin=.8, turn=True,
                         base_steps=6000, base_batch=32, base_lr=1e-2, rank=0, control_steps=1500, control_batch=32, control_lr=3e-3,
-                        symmetric=True, splice=1., shuffle=1., decoder_hidden=64, meta_rank=0, meta_steps=3000, meta_batch=32, meta_lr=1.5e-3, alpha=.1,
+                        symmetric=True, splice=1., shuffle=1., decoder_hidden=64, meta_rank=0, meta_steps=3000, meta_batch=32, meta_lr=1.5e-3, alpha=.5,
                         alpha_start=700, alpha_ramp=1000,
                         rl_updates=100, rl_batch=256, rl_lr=1e-3, std_lr=1e-2, raw_lr=3e-4, rl_epochs=2, evaluations=6, eval_episodes=256),
     # The paper's ant, sizes and rates: A.2, Tables A5, A8, A10, A14. NOT in paper, which does not say how many demonstrations there are: 200,000,
