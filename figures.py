@@ -172,7 +172,8 @@ def seed_results(folder):
     expert = plain.get("expert_success")
     own = ({"bayes_gap_closed": base.get("gap_closed")} if "right_turns" not in base else
            {"expert_success": expert, "nll": base.get("nll"), "right_turns": base.get("right_turns"),
-            "right_turns_bayes": base.get("right_turns_bayes"), "right_turns_blind": base.get("right_turns_blind"), "switch_f1_5": meta.get("f1_5"), "transplant_with": plain.get("transplant_with"),
+            "right_turns_bayes": base.get("right_turns_bayes"), "right_turns_blind": base.get("right_turns_blind"), "switch_f1_5": meta.get("f1_5"),
+            "transplant_with": plain.get("transplant_with"),
             "transplant_without": plain.get("transplant_without"),
             "rl_success_normalised": plain["rl_success"] / expert if expert and "rl_success" in plain else None})
     return {"seed": int(folder.name.removeprefix("seed")), **own,
@@ -186,7 +187,8 @@ def seed_results(folder):
 
 
 ROWS = (("base: share of the gap to Bayes closed", "bayes_gap_closed", "{:.1%}"), ("base: NLL, nats per action", "nll", "{:.2f}"),
-        ("base: right turns", "right_turns", "{:.3f}"), ("Bayes-optimal: right turns", "right_turns_bayes", "{:.3f}"), ("goal-blind: right turns", "right_turns_blind", "{:.3f}"),
+        ("base: right turns", "right_turns", "{:.3f}"), ("Bayes-optimal: right turns", "right_turns_bayes", "{:.3f}"),
+        ("goal-blind: right turns", "right_turns_blind", "{:.3f}"),
         ("the ant's expert, success", "expert_success", "{:.3f}"), ("true-subgoal controllers (C.3), success", "control_success", "{:.3f}"),
         ("gate F1, exact step", "switch_f1", "{:.3f}"), ("gate F1, +-1 step", "switch_f1_1", "{:.3f}"), ("gate F1, +-5 steps", "switch_f1_5", "{:.3f}"),
         ("gates between .1 and .9", "undecided", "{:.1%}"),

@@ -80,20 +80,19 @@ def turned(world, g, obs, action):
         cells, actions = (torch.from_numpy(table).to(obs.device) for table in symmetries(world.G))  # (8, C), (8, 4)
         return cells[g[..., None], obs], actions[g, action]
     # Indices: see the table of envs.AntPinpad. symlog acts on each number alone and is odd, so it commutes with quarter turns.
-    x = torch.tensor([13, *range(27, obs.shape[-1], 2)], device=obs.device)  # velocity, place, things, place in the cell; each y follows its x
-    cos, sin = ((g * (math.pi / 2)).cos().round()[..., None], (g * (math.pi / 2)).sin().round()[..., None])
-    new = obs.clone()
-    new[..., x], new[..., x + 1] = cos * obs[..., x] - sin * obs[..., x + 1], sin * obs[..., x] + cos * obs[..., x + 1]
+    new, places = obs.clone(), g // 4
+    for turns, x in ((g, [13, *range(27, obs.shape[-1], 2)]),  # velocity, place, things, place in the cell; each y follows its x
+                     (places, [16])):  # angular velocity, in the torso's own frame
+        x, angle = torch.tensor(x, device=obs.device), turns[..., None] * (math.pi / 2)
+        cos, sin = angle.cos().round(), angle.sin().round()
+        new[..., x], new[..., x + 1] = cos * obs[..., x] - sin * obs[..., x + 1], sin * obs[..., x] + cos * obs[..., x + 1]
     w, i, j, k = symexp(obs[..., 1:5]).unbind(-1)
     c, s = (g * (math.pi / 4)).cos(), (g * (math.pi / 4)).sin()  # half the angle; the sign of a quaternion means nothing
     w, i, j, k = c * w - s * k, c * i - s * j, c * j + s * i, c * k + s * w
-    places = g // 4
     c, s = (places * (math.pi / 4)).cos(), -(places * (math.pi / 4)).sin()  # the torso turns back by as much, about its own axis
     quaternion = torch.stack([c * w - s * k, c * i + s * j, c * j - s * i, c * k + s * w], dim=-1)
     quaternion = torch.where(quaternion[..., :1] < 0, -quaternion, quaternion)  # w >= 0, as in the observation
     new[..., 1:5] = symlog(quaternion)
-    cos, sin = (places * (math.pi / 2)).cos().round(), (places * (math.pi / 2)).sin().round()
-    new[..., 16], new[..., 17] = cos * obs[..., 16] - sin * obs[..., 17], sin * obs[..., 16] + cos * obs[..., 17]  # angular velocity, in its own frame
     joints, motors = ([torch.from_numpy(table).to(obs.device)[places] for table in tables] for tables in (JOINTS, MOTORS))  # each (B, T, 8) twice
     for x in (5, 19):  # angles, velocities
         new[..., x:x + 8] = obs[..., x:x + 8].gather(-1, joints[0]) * joints[1]
@@ -113,7 +112,7 @@ def exchanged(world, colours, obs):
 def image_of(batch, world, symmetric, splice, shuffle):
     """Another view of a batch's episodes, for the controllers to steer; None if no such help is asked for. NOT in paper; three helps (README):
 
-    symmetric: each image is turned or reflected its own way. A code that says "up" or "into that corner" becomes worthless, one that
+    symmetric: each image is turned or reflected its own way (the ant: turned, its legs renamed, see `turned`). A code that says "up" or "into that corner" becomes worthless, one that
         says "to colour 2" is as good as before. Without it the codes name directions: code identity stays at 0.
     splice, shuffle: in these shares of the images the past, up to a random step, is made useless or wrong, so that the code has to overrule what the
         base knows from it. Without, a code need only say which of the transitions shown in pretraining is meant, and fails where RL needs one

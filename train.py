@@ -82,7 +82,7 @@ class Config:
     base_wd: float = option(0.03, "base", "weight decay")
     thin: float = option(0., "base", "share of the steps of every supervised stage, at its beginning, that see thinned episodes (ant; see thinned)")
     thin_batch: int = option(128, "base", "episodes per step while they are thinned")
-    turn: bool = option(False, "base", "train the base on episodes turned by a random number of quarter turns (ant)")
+    turn: bool = option(False, "base", "train the base on episodes each turned, and the legs renamed, its own way (ant; see metacontroller.turned)")
     warmup: int = option(0, "base", "steps of linear warm-up of the learning rate, in every supervised stage")
     decay: float = option(0., "base", "share of a supervised stage, at its end, over which the learning rate falls to 0")
 

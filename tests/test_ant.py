@@ -249,7 +249,6 @@ def test_an_ant_with_its_legs_renamed_is_the_same_ant(places):
     state, angle = w.ants.qpos.copy(), -places * np.pi / 2
     back = np.array([np.cos(angle / 2), 0, 0, np.sin(angle / 2)])
     k = np.full(3, places)
-    joints = lambda x: np.take_along_axis(x, JOINTS[0][k], 1) * JOINTS[1][k]
     for n in range(3):
         quaternion = np.empty(4)
         mujoco.mju_mulQuat(quaternion, state[n, 3:7], back)
@@ -257,7 +256,7 @@ def test_an_ant_with_its_legs_renamed_is_the_same_ant(places):
     velocity = w.ants.qvel.copy()
     velocity[:, 3], velocity[:, 4] = (np.cos(-angle) * w.ants.qvel[:, 3] - np.sin(-angle) * w.ants.qvel[:, 4],
                                       np.sin(-angle) * w.ants.qvel[:, 3] + np.cos(-angle) * w.ants.qvel[:, 4])
-    state[:, 7:], velocity[:, 6:] = joints(state[:, 7:]), joints(velocity[:, 6:])
+    state[:, 7:], velocity[:, 6:] = renamed(JOINTS, k, state[:, 7:]), renamed(JOINTS, k, velocity[:, 6:])
     other.ants.qpos[:], other.ants.qvel[:] = state, velocity
     other.things, other.agent = w.things, w.agent
     g = torch.full((3, 1), 4 * places)
