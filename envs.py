@@ -81,6 +81,7 @@ class World:
 
     G: side of the grid; O: colours; W: walls; T: horizon in steps; task_set: a key of TASK_SETS; post: another post-training task than
     the task set's own, written as there; body: "point" moves from cell to cell (A.1), "ant" is a MuJoCo body that walks over them (A.2).
+    compass: the ant's legs are named by where they point (see AntWorlds).
     """
     G: int = 7
     O: int = 8
@@ -89,6 +90,7 @@ class World:
     task_set: str = "pairs"
     post: str = ""
     body: str = "point"
+    compass: bool = False
 
     def __post_init__(self):
         if self.task_set not in TASK_SETS:
@@ -97,6 +99,8 @@ class World:
             raise ValueError(f"the post-training task is written as colours in order, such as 0-1-2, not '{self.post}'")
         if self.body not in ("point", "ant"):
             raise ValueError(f"unknown body '{self.body}': choose point or ant")
+        if self.compass and self.body != "ant":
+            raise ValueError("compass names the legs of an ant: a point has none")
         if min(self.G, self.O, self.T) < 1 or self.W < 0:
             raise ValueError(f"impossible world: G={self.G}, O={self.O} and T={self.T} must be positive, W={self.W} not negative")
         if self.O + self.W + 1 > self.cells:
@@ -384,19 +388,21 @@ def renamed(tables, k, values):
     return np.take_along_axis(values, source[k % 4], axis=1) * sign[k % 4]
 
 
-def facing(felt):
-    """What is felt (N, 29) by the same ants with their legs renamed so that the heading lies within 45 degrees of leg 2; and by how many places, k (N,).
+def renamings():
+    """What calling the legs k = 0 .. 3 places on does: to what is felt, felt @ A[k], A (4, 29, 29), and to torques, action @ B[k], B (4, 8, 8). float32.
 
-    NOT in paper. An expert who first does so walks in all four directions alike, so a demonstration with its legs renamed is a demonstration, too: a symmetry
-    that metacontroller.image_of needs, as otherwise codes name directions in the ant's own frame. (Why leg 2: that is where the first walker walked best.)
+    The torso then faces k quarter turns less: a vector seen from it turns forwards. All entries are 0, 1 or -1.
     """
-    k = np.round((.75 * np.pi - np.arctan2(felt[:, 11], felt[:, 10])) / (np.pi / 2)).astype(np.int64) % 4
-    c, s = np.array([1, 0, -1, 0], np.float32)[k], np.array([0, 1, 0, -1], np.float32)[k]
-    new = felt.copy()
-    for x in (1, 4, 7, 10):  # up, velocity, angular velocity, heading
-        new[:, x], new[:, x + 1] = c * felt[:, x] - s * felt[:, x + 1], s * felt[:, x] + c * felt[:, x + 1]
-    new[:, 13:21], new[:, 21:] = renamed(JOINTS, k, felt[:, 13:21]), renamed(JOINTS, k, felt[:, 21:])
-    return new, k
+    A, B = np.zeros((4, 29, 29), np.float32), np.zeros((4, 8, 8), np.float32)
+    for k in range(4):
+        places, (c, s) = np.full(8, k), ((1, 0), (0, 1), (-1, 0), (0, -1))[k]
+        A[k] = np.eye(29)
+        for x in (1, 4, 7, 10):  # up, velocity, angular velocity, heading
+            A[k, x:x + 2, x:x + 2] = (c, s), (-s, c)
+        for x in (13, 21):  # the joints' angles and their velocities
+            A[k, x:x + 8, x:x + 8] = renamed(JOINTS, places, np.eye(8, dtype=np.float32))
+        B[k] = renamed(MOTORS, places, np.eye(8, dtype=np.float32))
+    return A, B
 
 
 class Ants:
@@ -450,6 +456,10 @@ class AntWorlds(GridWorlds):
 
     Four things differ. Walls have no substance: an episode in which the ant's centre enters one fails. It fails if the ant falls. NOT in
     paper, which is silent: it fails if the centre leaves the board, which has no rim. And obs() is a vector of floats (see AntPinpad).
+
+    NOT in paper: with world.compass its four equal legs have no names of their own. Observations and actions speak of the leg that points north-east as
+    leg 1, north-west as 2, south-west as 3, south-east as 4, so that the torso seems to face within 45 degrees of east, whichever way it has turned, and to walk north
+    is always nearly the same thing to do. It is the same ant in other coordinates (see JOINTS).
     """
 
     def __init__(self, world, tasks, things, agent, rng, threads=None):
@@ -463,19 +473,34 @@ class AntWorlds(GridWorlds):
         """(N, 2) metres."""
         return self.ants.qpos[:, :2]
 
+    def places(self):
+        """(N,) how many places on its legs are called in observations and actions: the quarter turns nearest to its yaw; 0 without world.compass."""
+        w, x, y, z = self.ants.qpos[:, 3:7].T
+        yaw = np.arctan2(2 * (x * y + w * z), 1 - 2 * (y * y + z * z))
+        return np.round(yaw / (np.pi / 2)).astype(np.int64) * self.world.compass
+
     def obs(self):
         """(N, 31 + 2 (O + W)) float32."""
         xy = self.position()
         relative = self.centres[self.things] - xy[:, None]  # (N, O+W, 2)
-        body = self.ants.qpos[:, 2:].copy()
+        body, motion = self.ants.qpos[:, 2:].copy(), self.ants.qvel.copy()
+        if self.world.compass:
+            k = self.places()
+            c, s = np.cos(k * np.pi / 4), -np.sin(k * np.pi / 4)  # half the angle by which the torso turns back, about its own axis
+            w, x, y, z = body[:, 1:5].T
+            body[:, 1:5] = np.stack([c * w - s * z, c * x + s * y, c * y - s * x, c * z + s * w], axis=1)
+            c, s = np.array([1, 0, -1, 0])[k % 4], np.array([0, 1, 0, -1])[k % 4]
+            x, y = self.ants.qvel[:, 3:5].T
+            motion[:, 3], motion[:, 4] = c * x - s * y, s * x + c * y
+            body[:, 5:], motion[:, 6:] = renamed(JOINTS, k, body[:, 5:]), renamed(JOINTS, k, motion[:, 6:])
         body[:, 1:5] *= np.where(body[:, 1:2] < 0, -1, 1)  # a quaternion and its negative are the same orientation
-        return np.concatenate([symlog(body), symlog(self.ants.qvel), xy / self.half, relative.reshape(len(xy), -1) / self.half,
+        return np.concatenate([symlog(body), symlog(motion), xy / self.half, relative.reshape(len(xy), -1) / self.half,
                                (xy - self.centres[self.agent]) / (CELL / 2)], axis=1).astype(np.float32)
 
     def step(self, action):
         """action (N, 8) in [-1, 1]; those of finished worlds are ignored. Returns as GridWorlds.step."""
         alive = np.flatnonzero(~self.done)
-        self.ants.step(alive, action[alive])
+        self.ants.step(alive, renamed(MOTORS, -self.places()[alive], action[alive]))
         x, y = self.position().T
         off = ~((np.abs(x) < self.half) & (np.abs(y) < self.half))
         row, column = ((np.where(off, 0, v) + self.half) // CELL for v in (-y, x))
@@ -794,7 +819,7 @@ def ant_expert(world, dist, rng, walk, stuck):
         ahead = worlds.centres[neighbour_table(world.G)[cell, way]] - worlds.position()[alive]  # (alive, 2)
         heading = np.zeros((len(worlds.done), 2))
         heading[alive] = ahead / np.linalg.norm(ahead, axis=1, keepdims=True).clip(1e-6)
-        return walk(worlds.ants.felt(heading)[alive])
+        return renamed(MOTORS, worlds.places()[alive], walk(worlds.ants.felt(heading)[alive]))
     return act
 
 

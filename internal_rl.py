@@ -29,8 +29,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from envs import (CELL, FRAME_SKIP, MOTORS, PHYSICS_STEP, Ants, by_cells, cell_centres, contents_table, distances, exact_bounds, expert_probs, facing, feel,
-                  pose_of, renamed, sample_layouts, simulate, symexp)
+from envs import (CELL, FRAME_SKIP, PHYSICS_STEP, Ants, by_cells, cell_centres, contents_table, distances, exact_bounds, expert_probs, feel, pose_of,
+                  renamings, sample_layouts, simulate, symexp)
 from model import Block, Hawk, action_nll, gaussian_logp, linear, sample_action
 
 BETA_THRESHOLD = 0.5  # Algorithm 1 and C.6
@@ -364,24 +364,45 @@ def transplant(base, meta, world, rng, n, at):
 # the hint of the cell that it is in. So what is learned here is to walk along a heading, and `envs.ant_expert` reads it off the board.
 
 SPEED = 1.5  # m/s along the heading; more earns nothing
+STD = .2  # least standard deviation of a torque, as a share of the largest
 
 
 class Walker(nn.Module):
-    """Actor and critic: what an ant feels (n, 29) that faces its heading, see `envs.feel` and `facing` -> torques (n, 8), value (n,)."""
+    """Actor and critic: what an ant feels (n, 29), see `envs.feel` -> torques (n, 8), value (n,).
 
-    def __init__(self, felt=29, actions=8, hidden=128):
+    NOT in paper: an ant has four equal legs, and its walker treats them alike. A plain network is asked about the ant with its legs renamed in all four ways
+    (envs.renamings), and the answers, named back, are averaged. PPO so learns from four ants at once, and a demonstration with its legs renamed is a
+    demonstration, too: a symmetry that metacontroller.image_of needs, as otherwise codes name directions in the ant's own frame.
+    """
+
+    def __init__(self, hidden=64):
         super().__init__()
-        net = lambda outputs: nn.Sequential(linear(felt, hidden, 1.), nn.Tanh(), linear(hidden, hidden, 1.), nn.Tanh(), linear(hidden, outputs, .01))
-        self.actor, self.critic = net(actions), net(1)
-        self.log_std = nn.Parameter(torch.full((actions,), math.log(.5)))
+        net = lambda outputs: nn.Sequential(linear(29, hidden, 1.), nn.Tanh(), linear(hidden, hidden, 1.), nn.Tanh(), linear(hidden, outputs, .01))
+        self.torques, self.value = net(8), net(1)
+        self.log_stds = nn.Parameter(torch.full((2,), math.log(.5)))  # of every hip and every ankle
+        for name, matrices in zip(("felt_renamed", "torques_renamed"), renamings()):
+            self.register_buffer(name, torch.from_numpy(matrices), persistent=False)
+
+    @property
+    def log_std(self):
+        """(8,). NOT in paper: at least STD, so that a demonstration says more about where the ant is heading than about how it moves its legs."""
+        return self.log_stds.clamp(min=math.log(STD)).repeat(4)
+
+    def actor(self, felt):
+        """felt (n, 29) -> mean torques (n, 8)."""
+        answers = self.torques(torch.einsum("ni,kij->knj", felt, self.felt_renamed))  # (4, n, 8), each in its own names
+        return torch.einsum("kni,kji->nj", answers, self.torques_renamed) / 4  # a renaming's inverse is its transpose
+
+    def critic(self, felt):
+        """felt (n, 29) -> value (n,)."""
+        return self.value(torch.einsum("ni,kij->knj", felt, self.felt_renamed))[..., 0].mean(0)
 
     def walk(self, noise):
         """`walk` for `envs.ant_expert`, in NumPy: a ~ N(mean, (noise * std)^2); noise = 0 walks cleanly (C.4.4)."""
         @torch.no_grad()
         def walk(felt):
-            felt, k = facing(felt)
             mean = self.actor(torch.from_numpy(felt))
-            return renamed(MOTORS, -k, (mean + noise * self.log_std.exp() * torch.randn_like(mean)).clamp(-1, 1).numpy())  # what the motors can do
+            return (mean + noise * self.log_std.exp() * torch.randn_like(mean)).clamp(-1, 1).numpy()  # what the motors can do
         return walk
 
 
@@ -420,19 +441,18 @@ def walker_step(walker, optimizer, rng, n=64, steps=128, epochs=4, minibatches=8
     heading, record, speed = compass(n), [], []
     with torch.no_grad():
         for _ in range(steps):
-            (felt, k), before = facing(ants.felt(heading)), ants.qpos[:, :2].copy()
-            felt = torch.from_numpy(felt)
+            felt, before = torch.from_numpy(ants.felt(heading)), ants.qpos[:, :2].copy()
             mean = walker.actor(felt)
             action = mean + walker.log_std.exp() * torch.randn_like(mean)
-            ants.step(rows, renamed(MOTORS, -k, action.numpy()))
-            then, _ = facing(ants.felt(heading))
+            ants.step(rows, action.numpy())
+            then = ants.felt(heading)
             reward, over, along = walk_reward(ants, then, heading, before, action.numpy())
             speed.append(along.mean())
-            after = walker.critic(torch.from_numpy(then))[:, 0]  # before the heading turns or anyone is put elsewhere
+            after = walker.critic(torch.from_numpy(then))  # before the heading turns or anyone is put elsewhere
             over, reward = torch.from_numpy(over), torch.from_numpy(reward).float()
             turns = over.numpy() | (rng.random(n) < .02)  # a new heading, every 50 steps or so
             # One-step advantage; where the heading turns, what follows belongs to another walk, and the sum over the future stops.
-            record.append((felt, action, gaussian_logp(action, mean, walker.log_std), walker.critic(felt)[:, 0],
+            record.append((felt, action, gaussian_logp(action, mean, walker.log_std), walker.critic(felt),
                            reward + gamma * after * ~over, torch.from_numpy(turns)))
             if over.any():
                 ants.place(rng, rows[over.numpy()], np.zeros((int(over.sum()), 2)))
@@ -447,7 +467,7 @@ def walker_step(walker, optimizer, rng, n=64, steps=128, epochs=4, minibatches=8
             new = gaussian_logp(action[part], walker.actor(felt[part]), walker.log_std)
             # Every step counts by itself: sequences of one action.
             loss = clipped_loss(new[:, None], logp[part, None], advantage[part], torch.ones(len(part), 1), .2)
-            loss = loss + .5 * F.mse_loss(walker.critic(felt[part])[:, 0], target[part])
+            loss = loss + .5 * F.mse_loss(walker.critic(felt[part]), target[part])
             if not torch.isfinite(loss):
                 raise FloatingPointError("the PPO loss is not finite")
             optimizer.zero_grad()
@@ -467,7 +487,7 @@ def right_turns(walker, world, data, action):
     make (mostly a drift into the next cell: 4 in 100) are left out. Raises ValueError if none is left.
     """
     cells, when = by_cells(world, data)
-    grid = dataclasses.replace(world, body="point")
+    grid = dataclasses.replace(world, body="point", compass=False)
     colours = np.broadcast_to(np.arange(world.O), (*cells.action.shape, world.O))
     probs = expert_probs(grid, contents_table(world, cells.things), distances(grid, cells.things), cells.agent[:, :-1], colours)  # (N, M, O, 4)
     target = np.take_along_axis(probs, cells.target[..., None, None], axis=2)[:, :, 0]  # (N, M, 4)

@@ -67,20 +67,20 @@ class Decoder(nn.Module):
 
 # ------------------------------------------------------------------------------------------------ 2. what is steered; true subgoals (C.3)
 
-SYMMETRIES = {"point": 8, "ant": 16}
+SYMMETRIES = {"point": 8, "ant": 16}  # that `turned` knows
 
 
 def turned(world, g, obs, action):
     """Steps seen and done in a turned world: g (B, T) which symmetry; obs (B, T, K or F), action (B, T) or (B, T, 8) -> the same shapes.
 
     The grid has 8 symmetries (envs.symmetries); of the ant's we use 16: g % 4 quarter turns of all, which leave its torques as they are, and
-    its legs renamed g // 4 places on (envs.JOINTS), with the board left as it is.
+    its legs renamed g // 4 places on (envs.JOINTS), with the board left as it is. With world.compass the names follow the quarter turns.
     """
     if world.body == "point":
         cells, actions = (torch.from_numpy(table).to(obs.device) for table in symmetries(world.G))  # (8, C), (8, 4)
         return cells[g[..., None], obs], actions[g, action]
     # Indices: see the table of envs.AntPinpad. symlog acts on each number alone and is odd, so it commutes with quarter turns.
-    new, places = obs.clone(), g // 4
+    new, places = obs.clone(), g % 4 if world.compass else g // 4
     for turns, x in ((g, [13, *range(27, obs.shape[-1], 2)]),  # velocity, place, things, place in the cell; each y follows its x
                      (places, [16])):  # angular velocity, in the torso's own frame
         x, angle = torch.tensor(x, device=obs.device), turns[..., None] * (math.pi / 2)

@@ -60,9 +60,10 @@ class Config:
     T: int = option(100, "world", "horizon, steps")
     task_set: str = option("pairs", "world", "task set: pairs (Table A1), singles (Table A2), errands, tiny")
     body: str = option("point", "world", "point (A.1) or ant (A.2)")
+    compass: bool = option(False, "world", "name the ant's legs by where they point (see envs.AntWorlds)")
 
     # The ant's expert (C.1.1) and its demonstrations, which are simulated once
-    walker_updates: int = option(1200, "walker", "PPO iterations of the ant's walker")
+    walker_updates: int = option(600, "walker", "PPO iterations of the ant's walker")
     walker_lr: float = option(1e-3, "walker", "learning rate of PPO")
     demonstrations: int = option(20_000, "demonstrations", "episodes of the ant in each of its two sets, noisy and clean")
 
@@ -158,7 +159,7 @@ PRESETS = {
     # The paper's gridworld, sizes and rates: A.1, Tables A4, A7, A9, A13, A16. What remains different is marked NOT in paper.
     "grid-paper": Config(),
     # The ant on a laptop. Not settled: see the README's section on it.
-    "ant-small": Config(body="ant", G=4, O=4, W=1, T=500, task_set="singles", demonstrations=16_000, mixer="hawk", width=64, layers=4, heads=4,
+    "ant-small": Config(body="ant", compass=True, G=4, O=4, W=1, T=500, task_set="singles", demonstrations=16_000, mixer="hawk", width=64, layers=4, heads=4,
                         hidden=256, relative=True, lam=.2, layer=0, read=2, warmup=100, decay=.5, thin=.8, turn=True,
                         base_steps=6000, base_batch=32, base_lr=1e-2, rank=0, control_steps=1500, control_batch=32, control_lr=3e-3,
                         symmetric=True, splice=1., shuffle=1., decoder_hidden=64, meta_rank=0, meta_steps=3000, meta_batch=32, meta_lr=1.5e-3, alpha=.5,
@@ -197,7 +198,7 @@ def check(cfg):
     """Raise Refused unless this configuration can work. Called before anything is written."""
     try:
         # (An ant's tasks can be finished if a point's can.)
-        generate(dataclasses.replace(world_of(cfg), body="point"), np.random.default_rng(0), 8, cfg.eps if cfg.eps < 1 else 0.)
+        generate(dataclasses.replace(world_of(cfg), body="point", compass=False), np.random.default_rng(0), 8, cfg.eps if cfg.eps < 1 else 0.)
     except ValueError as error:
         raise Refused(str(error)) from None
     may_be_zero = ("W", "layer", "splice", "shuffle", "lam", "eps", "alpha", "alpha_start", "alpha_ramp", "read", "rank", "meta_rank", "warmup", "decay",
@@ -481,7 +482,7 @@ def optimise(name, step, loss, model, optimizer, lr):
 
 
 def world_of(cfg):
-    return World(cfg.G, cfg.O, cfg.W, cfg.T, cfg.task_set, cfg.post_task, cfg.body)
+    return World(cfg.G, cfg.O, cfg.W, cfg.T, cfg.task_set, cfg.post_task, cfg.body, cfg.compass)
 
 
 CHUNK = 32  # batches drawn at once, so that episodes of similar length share a batch and little padding is left

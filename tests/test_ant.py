@@ -1,9 +1,10 @@
 """The ant: its body, its rules, its observation."""
+import dataclasses
 import functools
 import warnings
 
-from envs import (CELL, HEIGHT, JOINTS, MOTORS, AntWorlds, Ants, World, ant_expert, ant_model, by_cells, cell_centres, distances, facing, generate,
-                  neighbour_table, pose_of, renamed, sample_layouts, simulate)  # before mujoco: sets MUJOCO_GL
+from envs import (CELL, HEIGHT, JOINTS, MOTORS, AntWorlds, Ants, World, ant_expert, ant_model, by_cells, cell_centres, distances, feel, generate,
+                  neighbour_table, pose_of, renamed, sample_layouts, simulate, symexp)  # before mujoco: sets MUJOCO_GL
 from internal_rl import Walker, gae, right_turns, walker_step
 from metacontroller import exchanged, turned
 from model import BodyEmbedding
@@ -27,6 +28,15 @@ def rng(seed=0):
 
 def worlds(n=1, task=(0, 1, 2, 3), seed=0):
     return AntWorlds(WORLD, [task] * n, *sample_layouts(WORLD, rng(seed), n), rng(seed), threads=1)
+
+
+def restless():
+    """A walker whose answers are large."""
+    torch.manual_seed(0)
+    walker = Walker().requires_grad_(False)
+    for p in walker.parameters():
+        torch.nn.init.normal_(p, std=.3)
+    return walker
 
 
 def carry(w, xy):
@@ -130,7 +140,7 @@ def test_the_expert_walks_shortest_paths_around_walls_and_wrong_colours():
     dist, stuck = distances(WORLD, things), np.zeros(n, bool)
     tasks = [WORLD.tasks[i % 16] for i in range(n)]
     w = AntWorlds(WORLD, tasks, things, agent, r, threads=1)
-    act = ant_expert(WORLD, dist, r, lambda felt: felt, stuck)
+    act = ant_expert(WORLD, dist, r, lambda felt: np.zeros((len(felt), 8)), stuck)
     headings = []
     w.ants.felt = lambda heading: headings.append(heading) or heading
     entered = np.zeros(n, int)
@@ -260,16 +270,54 @@ def test_an_ant_with_its_legs_renamed_is_the_same_ant(places):
     other.ants.qpos[:], other.ants.qvel[:] = state, velocity
     other.things, other.agent = w.things, w.agent
     g = torch.full((3, 1), 4 * places)
-    heading = np.array([[1., 0.], [0., 1.], [-.6, .8]])
+    heading, walker = np.array([[1., 0.], [0., 1.], [-.6, .8]]), restless()
     for action in act[3:]:  # the same torques under their new names move it in the same way
         seen, renamed_action = turned(WORLD, g, torch.from_numpy(w.obs())[:, None], torch.from_numpy(action)[:, None])
         assert np.allclose(seen[:, 0], other.obs(), atol=1e-4)
-        (felt, j), (felt_other, j_other) = facing(w.ants.felt(heading)), facing(other.ants.felt(heading))
-        assert np.allclose(felt, felt_other, atol=1e-4) and ((j - j_other) % 4 == places).all()  # a walker is told the same ..
-        assert np.allclose(renamed(MOTORS, k, renamed(MOTORS, -j, action)), renamed(MOTORS, -j_other, action))  # .. and does the same
+        felt, felt_other = w.ants.felt(heading), other.ants.felt(heading)
+        assert np.allclose(renamed(MOTORS, k, walker.walk(0.)(felt)), walker.walk(0.)(felt_other), atol=1e-4)  # a walker does the same
+        values = [walker.critic(torch.from_numpy(x)) for x in (felt, felt_other)]
+        assert torch.allclose(*values, atol=1e-4) and values[0].std() > .01
         w.step(action)
         other.step(renamed_action[:, 0].numpy())
-    assert np.abs(facing(w.ants.felt(heading))[0][:, 10:12] @ [-1, 1] / 2 ** .5 - 1).max() < .3  # cos 45 degrees
+
+
+def test_legs_named_by_the_compass_are_the_same_ant():
+    """The same physics bit for bit; observations and actions as with the legs renamed; the torso seems to face east; the expert does the same."""
+    n, walker = 8, restless()
+    things, agent = sample_layouts(WORLD, rng(), n)
+    plain, compass = (AntWorlds(world, [(0, 1)] * n, things, agent, rng(1), threads=1) for world in (WORLD, dataclasses.replace(WORLD, compass=True)))
+    named = set()
+    for action in rng(2).uniform(-1, 1, (60, n, 8)).astype(np.float32):
+        k = compass.places()
+        named |= set(k.tolist())
+        g = torch.from_numpy(4 * (k % 4))[:, None]
+        seen, renamed_action = turned(WORLD, g, torch.from_numpy(plain.obs())[:, None], torch.from_numpy(action)[:, None])
+        obs = compass.obs()
+        assert np.allclose(seen[:, 0], obs, atol=1e-5) and not plain.places().any()
+        qpos, heading = pose_of(WORLD, obs), np.tile([.6, .8], (n, 1))
+        yaw = np.arctan2(2 * (qpos[:, 4] * qpos[:, 5] + qpos[:, 3] * qpos[:, 6]), 1 - 2 * (qpos[:, 5] ** 2 + qpos[:, 6] ** 2))
+        upright = 1 - 2 * (qpos[:, 4] ** 2 + qpos[:, 5] ** 2) > .95
+        assert np.abs(yaw[upright]).max() <= np.pi / 4 + .1  # it is turned about its own axis, which tilts
+        torques = walker.walk(0.)(feel(qpos, symexp(obs[:, 13:27]), heading))
+        assert np.allclose(torques, renamed(MOTORS, k, walker.walk(0.)(plain.ants.felt(heading))), atol=1e-4)
+        plain.step(action)
+        compass.step(renamed_action[:, 0].numpy())
+        assert np.array_equal(plain.ants.qpos, compass.ants.qpos)
+    assert len(named) >= 3  # several names were in use
+    with pytest.raises(ValueError, match="compass"):
+        World(compass=True)
+
+
+def test_a_turned_ant_keeps_the_compass():
+    """In a turned world the legs' names follow: the torso still faces east, and the joints are those of the renamed legs."""
+    world = dataclasses.replace(WORLD, compass=True)
+    w = AntWorlds(world, [(0, 1)] * 3, *sample_layouts(WORLD, rng(), 3), rng(), threads=1)
+    obs, action = torch.from_numpy(w.obs())[:, None], torch.rand(3, 1, 8)
+    for g in range(4):
+        seen, done = turned(world, torch.full((3, 1), g), obs, action)
+        theirs, theirs_done = turned(WORLD, torch.full((3, 1), 5 * g), obs, action)  # g quarter turns, legs g places on
+        assert torch.allclose(seen, theirs, atol=1e-5) and torch.equal(done, theirs_done) and torch.allclose(seen[..., 1:5], obs[..., 1:5], atol=1e-5)
 
 
 def test_what_the_embedding_adds_is_what_a_walker_feels_and_how_far_things_are():
