@@ -367,19 +367,25 @@ def feel(qpos, qvel, heading):
 
 
 def leg_tables(order):
-    """(4, 8) which of the 8 values of legs in this `order`, hip and ankle each, takes a place when the legs are renamed k = 0 .. 3 places on, and its sign."""
+    """(8, 8) which of the 8 values of legs in this `order`, hip and ankle each, takes a place under symmetry g of the ant, and its sign.
+
+    g % 4: the legs are renamed so many places on, 1 to 2, 2 to 3 and so on; before that, if g >= 4, right and left change places. Then hips turn the other way.
+    """
     signs = (1, -1, -1, 1)  # of the ankles' ranges, see ant_model: those of legs 2 and 3 bend the other way
-    source, sign = np.zeros((4, 8), np.int64), np.ones((4, 8), np.float32)
-    for k in range(4):
+    source, sign = np.zeros((8, 8), np.int64), np.ones((8, 8), np.float32)
+    for g in range(8):
         for place, leg in enumerate(order):
-            old = (leg - k) % 4  # its name before
-            source[k, 2 * place:2 * place + 2] = 2 * order.index(old) + np.arange(2)
-            sign[k, 2 * place + 1] = signs[leg] * signs[old]
+            old = (leg - g) % 4  # its name before
+            old = 3 - old if g >= 4 else old
+            source[g, 2 * place:2 * place + 2] = 2 * order.index(old) + np.arange(2)
+            sign[g, 2 * place:2 * place + 2] = -1 if g >= 4 else 1, signs[leg] * signs[old]
     return source, sign
 
 
-# An ant has four equal legs. With leg 1 called 2, 2 called 3 and so on, seen from a torso that faces a quarter turn less, it is the same ant.
+# An ant has four equal legs, and its right is as its left. With leg 1 called 2, 2 called 3 and so on, seen from a torso that faces a quarter turn less, it is the
+# same ant; and in a mirror it is an ant, too.
 JOINTS, MOTORS = leg_tables((0, 1, 2, 3)), leg_tables((3, 0, 1, 2))
+QUARTER_COS, QUARTER_SIN = np.array([1, 0, -1, 0], np.float32), np.array([0, 1, 0, -1], np.float32)
 
 
 def renamed(tables, k, values):
@@ -388,20 +394,18 @@ def renamed(tables, k, values):
     return np.take_along_axis(values, source[k % 4], axis=1) * sign[k % 4]
 
 
-def renamings():
-    """What calling the legs k = 0 .. 3 places on does: to what is felt, felt @ A[k], A (4, 29, 29), and to torques, action @ B[k], B (4, 8, 8). float32.
-
-    The torso then faces k quarter turns less: a vector seen from it turns forwards. All entries are 0, 1 or -1.
-    """
-    A, B = np.zeros((4, 29, 29), np.float32), np.zeros((4, 8, 8), np.float32)
-    for k in range(4):
-        places, (c, s) = np.full(8, k), ((1, 0), (0, 1), (-1, 0), (0, -1))[k]
-        A[k] = np.eye(29)
-        for x in (1, 4, 7, 10):  # up, velocity, angular velocity, heading
-            A[k, x:x + 2, x:x + 2] = (c, s), (-s, c)
+def ant_symmetries():
+    """What the 8 symmetries of the ant do to what is felt, felt @ A[g], A (8, 29, 29), and to torques, action @ B[g], B (8, 8, 8). float32; entries 0, 1, -1."""
+    A, B = np.tile(np.eye(29, dtype=np.float32), (8, 1, 1)), np.zeros((8, 8, 8), np.float32)
+    legs = lambda tables, g: np.eye(8, dtype=np.float32)[:, tables[0][g]] * tables[1][g]
+    for g in range(8):
+        c, s = QUARTER_COS[g % 4], QUARTER_SIN[g % 4]
+        for x, mirror in ((1, (1, -1, 1)), (4, (1, -1, 1)), (7, (-1, 1, -1)), (10, (1, -1, 1))):  # up, velocity, angular velocity, heading
+            A[g, x:x + 2, x:x + 2] = (c, s), (-s, c)  # the torso faces g quarter turns less: seen from it, vectors turn forwards
+            A[g, x:x + 3] *= np.array(mirror)[:, None] if g >= 4 else 1
         for x in (13, 21):  # the joints' angles and their velocities
-            A[k, x:x + 8, x:x + 8] = renamed(JOINTS, places, np.eye(8, dtype=np.float32))
-        B[k] = renamed(MOTORS, places, np.eye(8, dtype=np.float32))
+            A[g, x:x + 8, x:x + 8] = legs(JOINTS, g)
+        B[g] = legs(MOTORS, g)
     return A, B
 
 
@@ -475,9 +479,9 @@ class AntWorlds(GridWorlds):
 
     def places(self):
         """(N,) how many places on its legs are called in observations and actions: the quarter turns nearest to its yaw; 0 without world.compass."""
-        w, x, y, z = self.ants.qpos[:, 3:7].T
-        yaw = np.arctan2(2 * (x * y + w * z), 1 - 2 * (y * y + z * z))
-        return np.round(yaw / (np.pi / 2)).astype(np.int64) * self.world.compass
+        w, _, _, z = self.ants.qpos[:, 3:7].T
+        # Yaw as the twist of the orientation, which turning about the board's axis or the torso's own changes by just so much, also in a torso that tilts.
+        return np.round(2 * np.arctan2(z, w) / (np.pi / 2)).astype(np.int64) * self.world.compass
 
     def obs(self):
         """(N, 31 + 2 (O + W)) float32."""
@@ -489,7 +493,7 @@ class AntWorlds(GridWorlds):
             c, s = np.cos(k * np.pi / 4), -np.sin(k * np.pi / 4)  # half the angle by which the torso turns back, about its own axis
             w, x, y, z = body[:, 1:5].T
             body[:, 1:5] = np.stack([c * w - s * z, c * x + s * y, c * y - s * x, c * z + s * w], axis=1)
-            c, s = np.array([1, 0, -1, 0])[k % 4], np.array([0, 1, 0, -1])[k % 4]
+            c, s = QUARTER_COS[k % 4], QUARTER_SIN[k % 4]
             x, y = self.ants.qvel[:, 3:5].T
             motion[:, 3], motion[:, 4] = c * x - s * y, s * x + c * y
             body[:, 5:], motion[:, 6:] = renamed(JOINTS, k, body[:, 5:]), renamed(JOINTS, k, motion[:, 6:])

@@ -186,6 +186,7 @@ def seed_results(folder):
             "base_minutes": base.get("seconds", 0) / 60}
 
 
+RIVALS = ("forced_success", "cotrain_success")  # evaluated by themselves, see train.evaluate
 ROWS = (("base: share of the gap to Bayes closed", "bayes_gap_closed", "{:.1%}"), ("base: NLL, nats per action", "nll", "{:.2f}"),
         ("base: right turns", "right_turns", "{:.3f}"), ("Bayes-optimal: right turns", "right_turns_bayes", "{:.3f}"),
         ("goal-blind: right turns", "right_turns_blind", "{:.3f}"),
@@ -204,10 +205,20 @@ ROWS = (("base: share of the gap to Bayes closed", "bayes_gap_closed", "{:.1%}")
 
 
 def write_results(folders, preset, to):
-    """Replace this preset's entry of results.json, the other presets' stay; and print it as the README's table."""
+    """Put these seeds into this preset's entry of results.json and print the entry as the README's table. Other seeds and presets stay as they are.
+
+    Of a seed that the file knows, a folder in which only rivals were evaluated adds their numbers, and rivals that it lacks keep theirs.
+    """
     path = to / "results.json"
     results = json.loads(path.read_text()) if path.exists() else {}
-    seeds = [seed_results(folder) for folder in folders]
+    known = {seed["seed"]: seed for seed in results.get(preset, {}).get("seeds", [])}
+    for folder in folders:
+        new = seed_results(folder)
+        old = known.get(new["seed"], {})
+        rivals = {key: new[key] for key in RIVALS if new[key] is not None}
+        known[new["seed"]] = old | (rivals if old and not (folder / "eval.json").exists() else
+                                    {key: value for key, value in new.items() if key not in RIVALS or key not in old} | rivals)
+    seeds = [known[k] for k in sorted(known)]
     results[preset] = {"seeds": seeds}
     path.write_text(json.dumps(results, indent=1) + "\n")
     print(f"wrote {path}\n\n| | " + " | ".join(f"seed {seed['seed']}" for seed in seeds) + " |\n" + "|---" * (len(seeds) + 1) + "|")

@@ -29,8 +29,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from envs import (CELL, FRAME_SKIP, PHYSICS_STEP, Ants, by_cells, cell_centres, contents_table, distances, exact_bounds, expert_probs, feel, pose_of,
-                  renamings, sample_layouts, simulate, symexp)
+from envs import (CELL, FRAME_SKIP, PHYSICS_STEP, Ants, ant_symmetries, by_cells, cell_centres, contents_table, distances, exact_bounds, expert_probs, feel,
+                  pose_of, sample_layouts, simulate, symexp)
 from model import Block, Hawk, action_nll, gaussian_logp, linear, sample_action
 
 BETA_THRESHOLD = 0.5  # Algorithm 1 and C.6
@@ -370,9 +370,9 @@ STD = .2  # least standard deviation of a torque, as a share of the largest
 class Walker(nn.Module):
     """Actor and critic: what an ant feels (n, 29), see `envs.feel` -> torques (n, 8), value (n,).
 
-    NOT in paper: an ant has four equal legs, and its walker treats them alike. A plain network is asked about the ant with its legs renamed in all four ways
-    (envs.renamings), and the answers, named back, are averaged. PPO so learns from four ants at once, and a demonstration with its legs renamed is a
-    demonstration, too: a symmetry that metacontroller.image_of needs, as otherwise codes name directions in the ant's own frame.
+    NOT in paper: an ant has four equal legs, its right is as its left, and its walker treats them alike. A plain network is asked about the ant in all its 8 symmetries
+    (envs.ant_symmetries), and the answers, put back, are averaged. PPO so learns from eight ants at once, and a demonstration that is turned or reflected is a
+    demonstration, too, which metacontroller.image_of needs: otherwise codes name directions in the ant's own frame, or "left" and "right".
     """
 
     def __init__(self, hidden=64):
@@ -380,7 +380,7 @@ class Walker(nn.Module):
         net = lambda outputs: nn.Sequential(linear(29, hidden, 1.), nn.Tanh(), linear(hidden, hidden, 1.), nn.Tanh(), linear(hidden, outputs, .01))
         self.torques, self.value = net(8), net(1)
         self.log_stds = nn.Parameter(torch.full((2,), math.log(.5)))  # of every hip and every ankle
-        for name, matrices in zip(("felt_renamed", "torques_renamed"), renamings()):
+        for name, matrices in zip(("felt_seen", "torques_seen"), ant_symmetries()):
             self.register_buffer(name, torch.from_numpy(matrices), persistent=False)
 
     @property
@@ -390,12 +390,12 @@ class Walker(nn.Module):
 
     def actor(self, felt):
         """felt (n, 29) -> mean torques (n, 8)."""
-        answers = self.torques(torch.einsum("ni,kij->knj", felt, self.felt_renamed))  # (4, n, 8), each in its own names
-        return torch.einsum("kni,kji->nj", answers, self.torques_renamed) / 4  # a renaming's inverse is its transpose
+        answers = self.torques(torch.einsum("ni,kij->knj", felt, self.felt_seen))  # (8, n, 8), one for each symmetry
+        return torch.einsum("kni,kji->nj", answers, self.torques_seen) / 8  # the inverse of each is its transpose
 
     def critic(self, felt):
         """felt (n, 29) -> value (n,)."""
-        return self.value(torch.einsum("ni,kij->knj", felt, self.felt_renamed))[..., 0].mean(0)
+        return self.value(torch.einsum("ni,kij->knj", felt, self.felt_seen))[..., 0].mean(0)
 
     def walk(self, noise):
         """`walk` for `envs.ant_expert`, in NumPy: a ~ N(mean, (noise * std)^2); noise = 0 walks cleanly (C.4.4)."""

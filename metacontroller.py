@@ -26,8 +26,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from envs import JOINTS, MOTORS, symmetries
-from model import Block, Hawk, action_nll, linear, mlp, symexp, symlog
+from envs import JOINTS, MOTORS, QUARTER_COS, QUARTER_SIN, symmetries
+from model import Block, Hawk, action_nll, linear, mlp
 
 # ------------------------------------------------------------------------------------------------ 1. decoder (Eq. 11, 18)
 
@@ -67,33 +67,27 @@ class Decoder(nn.Module):
 
 # ------------------------------------------------------------------------------------------------ 2. what is steered; true subgoals (C.3)
 
-SYMMETRIES = {"point": 8, "ant": 16}  # that `turned` knows
+SYMMETRIES = 8  # of the square: quarter turns and reflections
 
 
 def turned(world, g, obs, action):
     """Steps seen and done in a turned world: g (B, T) which symmetry; obs (B, T, K or F), action (B, T) or (B, T, 8) -> the same shapes.
 
-    The grid has 8 symmetries (envs.symmetries); of the ant's we use 16: g % 4 quarter turns of all, which leave its torques as they are, and
-    its legs renamed g // 4 places on (envs.JOINTS), with the board left as it is. With world.compass the names follow the quarter turns.
+    The grid's are those of envs.symmetries. The ant's: g % 4 quarter turns of all but its torso, whose legs are renamed so that they follow (envs.JOINTS); before
+    that, if g >= 4, everything is reflected, north for south.
     """
     if world.body == "point":
         cells, actions = (torch.from_numpy(table).to(obs.device) for table in symmetries(world.G))  # (8, C), (8, 4)
         return cells[g[..., None], obs], actions[g, action]
-    # Indices: see the table of envs.AntPinpad. symlog acts on each number alone and is odd, so it commutes with quarter turns.
-    new, places = obs.clone(), g % 4 if world.compass else g // 4
-    for turns, x in ((g, [13, *range(27, obs.shape[-1], 2)]),  # velocity, place, things, place in the cell; each y follows its x
-                     (places, [16])):  # angular velocity, in the torso's own frame
-        x, angle = torch.tensor(x, device=obs.device), turns[..., None] * (math.pi / 2)
-        cos, sin = angle.cos().round(), angle.sin().round()
-        new[..., x], new[..., x + 1] = cos * obs[..., x] - sin * obs[..., x + 1], sin * obs[..., x] + cos * obs[..., x + 1]
-    w, i, j, k = symexp(obs[..., 1:5]).unbind(-1)
-    c, s = (g * (math.pi / 4)).cos(), (g * (math.pi / 4)).sin()  # half the angle; the sign of a quaternion means nothing
-    w, i, j, k = c * w - s * k, c * i - s * j, c * j + s * i, c * k + s * w
-    c, s = (places * (math.pi / 4)).cos(), -(places * (math.pi / 4)).sin()  # the torso turns back by as much, about its own axis
-    quaternion = torch.stack([c * w - s * k, c * i + s * j, c * j - s * i, c * k + s * w], dim=-1)
-    quaternion = torch.where(quaternion[..., :1] < 0, -quaternion, quaternion)  # w >= 0, as in the observation
-    new[..., 1:5] = symlog(quaternion)
-    joints, motors = ([torch.from_numpy(table).to(obs.device)[places] for table in tables] for tables in (JOINTS, MOTORS))  # each (B, T, 8) twice
+    # Indices: see the table of envs.AntPinpad. symlog acts on each number alone and is odd, so it commutes with all this.
+    device, new = obs.device, obs.clone()
+    places = range(27, obs.shape[-1], 2)  # on the board, of things, in the cell: each y follows its x
+    mirrored = torch.tensor([2, 4, 14, 16, 18, *(x + 1 for x in places)], device=device)  # the quaternion's x and z, velocity y, angular velocity x and z
+    new[..., mirrored] = obs[..., mirrored] * torch.where(g >= 4, -1., 1.)[..., None]
+    x = torch.tensor([2, 13, 16, *places], device=device)  # of the quaternion, the velocity, the angular velocity
+    cos, sin = (torch.from_numpy(table).to(device)[g % 4][..., None] for table in (QUARTER_COS, QUARTER_SIN))
+    new[..., x], new[..., x + 1] = cos * new[..., x] - sin * new[..., x + 1], sin * new[..., x] + cos * new[..., x + 1]
+    joints, motors = ([torch.from_numpy(table).to(device)[g] for table in tables] for tables in (JOINTS, MOTORS))  # each (B, T, 8) twice
     for x in (5, 19):  # angles, velocities
         new[..., x:x + 8] = obs[..., x:x + 8].gather(-1, joints[0]) * joints[1]
     return new, action.gather(-1, motors[0]) * motors[1]
@@ -112,7 +106,7 @@ def exchanged(world, colours, obs):
 def image_of(batch, world, symmetric, splice, shuffle):
     """Another view of a batch's episodes, for the controllers to steer; None if no such help is asked for. NOT in paper; three helps (README):
 
-    symmetric: each image is turned or reflected its own way (the ant: turned, its legs renamed, see `turned`). A code that says "up" or "into that corner" becomes worthless, one that
+    symmetric: each image is turned or reflected its own way (see `turned`). A code that says "up" or "into that corner" becomes worthless, one that
         says "to colour 2" is as good as before. Without it the codes name directions: code identity stays at 0.
     splice, shuffle: in these shares of the images the past, up to a random step, is made useless or wrong, so that the code has to overrule what the
         base knows from it. Without, a code need only say which of the transitions shown in pretraining is meant, and fails where RL needs one
@@ -141,7 +135,7 @@ def image_of(batch, world, symmetric, splice, shuffle):
     colours = torch.rand(B, world.O, device=device).argsort(1)  # (B, O) a permutation each
     seen = obs[row, step]  # (B, T, K)
     seen = torch.where((past & shuffled)[..., None], exchanged(world, colours, seen), seen)
-    g = torch.randint(SYMMETRIES[world.body] if symmetric else 1, (B, 1), device=device)[row, 0]  # (B, T); 0 is the identity
+    g = torch.randint(SYMMETRIES if symmetric else 1, (B, 1), device=device)[row, 0]  # (B, T); 0 is the identity
     seen, action = turned(world, g, seen, action[row, step])
     return {"obs": seen, "action": action, "row": row, "step": step, "mask": batch["mask"] & ~(past & shuffled)}
 

@@ -83,7 +83,7 @@ class Config:
     base_wd: float = option(0.03, "base", "weight decay")
     thin: float = option(0., "base", "share of the steps of every supervised stage, at its beginning, that see thinned episodes (ant; see thinned)")
     thin_batch: int = option(128, "base", "episodes per step while they are thinned")
-    turn: bool = option(False, "base", "train the base on episodes each turned, and the legs renamed, its own way (ant; see metacontroller.turned)")
+    turn: bool = option(False, "base", "train the base on episodes each turned or reflected its own way (ant; see metacontroller.turned)")
     warmup: int = option(0, "base", "steps of linear warm-up of the learning rate, in every supervised stage")
     decay: float = option(0., "base", "share of a supervised stage, at its end, over which the learning rate falls to 0")
 
@@ -682,8 +682,8 @@ def pretrain(run):
         bar = tqdm(total=cfg.base_steps, initial=first, desc="pretrain", unit="step", mininterval=1)
         thin = thin_steps(cfg, cfg.base_steps)
         for step, batch in batches(run, "base", cfg.base_batch, cfg.eps, first, cfg.base_steps):
-            if cfg.turn:  # NOT in paper: sixteen worlds for one, as demonstrations of the ant are expensive
-                g = torch.randint(SYMMETRIES["ant"], (len(batch["mask"]), 1), device=run.device).expand(batch["obs"].shape[:2])
+            if cfg.turn:  # NOT in paper: eight worlds for one, as demonstrations of the ant are expensive
+                g = torch.randint(SYMMETRIES, (len(batch["mask"]), 1), device=run.device).expand(batch["obs"].shape[:2])
                 # No action follows the last observation.
                 batch["obs"], action = turned(world_of(cfg), g, batch["obs"], torch.nn.functional.pad(batch["action"], (0, 0, 0, 1)))
                 batch["action"] = action[:, :-1]

@@ -3,7 +3,7 @@ import dataclasses
 import functools
 import warnings
 
-from envs import (CELL, HEIGHT, JOINTS, MOTORS, AntWorlds, Ants, World, ant_expert, ant_model, by_cells, cell_centres, distances, feel, generate,
+from envs import (CELL, HEIGHT, MOTORS, AntWorlds, Ants, World, ant_expert, ant_model, by_cells, cell_centres, distances, feel, generate,
                   neighbour_table, pose_of, renamed, sample_layouts, simulate, symexp)  # before mujoco: sets MUJOCO_GL
 from internal_rl import Walker, gae, right_turns, walker_step
 from metacontroller import exchanged, turned
@@ -230,94 +230,55 @@ def test_what_a_walker_feels_does_not_depend_on_place_and_direction():
     assert np.abs(ants.felt(np.stack([heading, heading]))[0] - ants.felt(np.stack([heading, heading]))[1]).max() > .1
 
 
-@pytest.mark.parametrize("quarters", range(4))
-def test_a_turned_observation_is_what_is_seen_in_a_turned_world(quarters):
-    w = worlds(3)
-    for _ in range(5):
-        w.step(rng().uniform(-1, 1, (3, 8)))
-    obs = torch.from_numpy(w.obs())[:, None]
-    seen, _ = turned(WORLD, torch.full((3, 1), quarters), obs, torch.zeros(3, 1, 8))
-    cells = np.rot90(np.arange(16).reshape(4, 4), quarters)  # counter-clockwise, as angles are; what lies in cell cells[i] comes to cell i
-    there = np.argsort(cells.ravel())
-    other = AntWorlds(WORLD, [(0, 1)] * 3, there[w.things], there[w.agent], rng())
-    c, s = np.cos(quarters * np.pi / 2), np.sin(quarters * np.pi / 2)
-    turn, (ch, sh) = np.array([[c, -s], [s, c]]), (np.cos(quarters * np.pi / 4), np.sin(quarters * np.pi / 4))
-    a, x, y, z = w.ants.qpos[:, 3:7].T
-    other.ants.qpos[:] = w.ants.qpos
-    other.ants.qpos[:, :2], other.ants.qpos[:, 3:7] = w.ants.qpos[:, :2] @ turn.T, np.stack([ch * a - sh * z, ch * x - sh * y, ch * y + sh * x, ch * z + sh * a], 1)
-    other.ants.qvel[:] = w.ants.qvel
-    other.ants.qvel[:, :2] = w.ants.qvel[:, :2] @ turn.T
-    assert np.allclose(seen[:, 0], other.obs(), atol=1e-5)
-
-
-@pytest.mark.parametrize("places", [1, 2, 3])
-def test_an_ant_with_its_legs_renamed_is_the_same_ant(places):
-    w, other = worlds(3), worlds(3)
-    act = rng().uniform(-1, 1, (6, 3, 8)).astype(np.float32)
-    for action in act[:3]:
+@pytest.mark.parametrize("compass", [False, True])
+@pytest.mark.parametrize("g", range(8))
+def test_a_turned_ant_is_an_ant_in_a_turned_world(g, compass):
+    """Put an ant into the pose that a turned observation tells, into the turned world: it sees that, the turned torques move it alike, and a walker turns likewise."""
+    world, n, walker = dataclasses.replace(WORLD, compass=compass), 6, restless()
+    w, other = (AntWorlds(world, [(0, 1)] * n, *sample_layouts(WORLD, rng(), n), rng(1), threads=1) for _ in range(2))
+    act = rng().uniform(-1, 1, (14, n, 8)).astype(np.float32)
+    for action in act[:10]:
         w.step(action)
-    state, angle = w.ants.qpos.copy(), -places * np.pi / 2
-    back = np.array([np.cos(angle / 2), 0, 0, np.sin(angle / 2)])
-    k = np.full(3, places)
-    for n in range(3):
-        quaternion = np.empty(4)
-        mujoco.mju_mulQuat(quaternion, state[n, 3:7], back)
-        state[n, 3:7] = quaternion
-    velocity = w.ants.qvel.copy()
-    velocity[:, 3], velocity[:, 4] = (np.cos(-angle) * w.ants.qvel[:, 3] - np.sin(-angle) * w.ants.qvel[:, 4],
-                                      np.sin(-angle) * w.ants.qvel[:, 3] + np.cos(-angle) * w.ants.qvel[:, 4])
-    state[:, 7:], velocity[:, 6:] = renamed(JOINTS, k, state[:, 7:]), renamed(JOINTS, k, velocity[:, 6:])
-    other.ants.qpos[:], other.ants.qvel[:] = state, velocity
-    other.things, other.agent = w.things, w.agent
-    g = torch.full((3, 1), 4 * places)
-    heading, walker = np.array([[1., 0.], [0., 1.], [-.6, .8]]), restless()
-    for action in act[3:]:  # the same torques under their new names move it in the same way
-        seen, renamed_action = turned(WORLD, g, torch.from_numpy(w.obs())[:, None], torch.from_numpy(action)[:, None])
-        assert np.allclose(seen[:, 0], other.obs(), atol=1e-4)
-        felt, felt_other = w.ants.felt(heading), other.ants.felt(heading)
-        assert np.allclose(renamed(MOTORS, k, walker.walk(0.)(felt)), walker.walk(0.)(felt_other), atol=1e-4)  # a walker does the same
-        values = [walker.critic(torch.from_numpy(x)) for x in (felt, felt_other)]
+    w.done[:] = False
+    c, s = (1, 0, -1, 0)[g % 4], (0, 1, 0, -1)[g % 4]
+    turn = np.array([[c, -s], [s, c]]) @ np.diag([1, -1 if g >= 4 else 1])  # of the board
+    centres = cell_centres(4)
+    there = np.array([np.abs(centres - turn @ xy).sum(1).argmin() for xy in centres])
+    look = lambda action: [x[:, 0].numpy() for x in turned(world, torch.full((n, 1), g), torch.from_numpy(w.obs())[:, None], torch.from_numpy(action)[:, None])]
+    seen, _ = look(act[0])
+    other.ants.sim.state[:], other.things, other.agent = w.ants.sim.state, there[w.things], there[w.agent]
+    other.ants.qpos[:], other.ants.qvel[:] = pose_of(WORLD, seen), symexp(seen[:, 13:27])
+    heading = np.tile([.6, .8], (n, 1))
+    torques = lambda worlds, heading: renamed(MOTORS, worlds.places(), walker.walk(0.)(worlds.ants.felt(heading)))
+    for action in act[10:]:
+        seen, action_there = look(action)
+        assert np.allclose(seen, other.obs(), atol=1e-4)
+        assert np.allclose(look(torques(w, heading))[1], torques(other, heading @ turn.T), atol=1e-4)
+        values = [walker.critic(torch.from_numpy(ants.felt(h))) for ants, h in ((w.ants, heading), (other.ants, heading @ turn.T))]
         assert torch.allclose(*values, atol=1e-4) and values[0].std() > .01
-        w.step(action)
-        other.step(renamed_action[:, 0].numpy())
+        for worlds, a in ((w, action), (other, action_there)):
+            worlds.ants.step(np.arange(n), renamed(MOTORS, -worlds.places(), a))
 
 
 def test_legs_named_by_the_compass_are_the_same_ant():
-    """The same physics bit for bit; observations and actions as with the legs renamed; the torso seems to face east; the expert does the same."""
+    """The same physics, bit for bit; the torso seems to face east; whoever feels the pose that is seen does what he would do, under these names."""
     n, walker = 8, restless()
     things, agent = sample_layouts(WORLD, rng(), n)
     plain, compass = (AntWorlds(world, [(0, 1)] * n, things, agent, rng(1), threads=1) for world in (WORLD, dataclasses.replace(WORLD, compass=True)))
     named = set()
     for action in rng(2).uniform(-1, 1, (60, n, 8)).astype(np.float32):
-        k = compass.places()
+        k, obs = compass.places(), compass.obs()
         named |= set(k.tolist())
-        g = torch.from_numpy(4 * (k % 4))[:, None]
-        seen, renamed_action = turned(WORLD, g, torch.from_numpy(plain.obs())[:, None], torch.from_numpy(action)[:, None])
-        obs = compass.obs()
-        assert np.allclose(seen[:, 0], obs, atol=1e-5) and not plain.places().any()
         qpos, heading = pose_of(WORLD, obs), np.tile([.6, .8], (n, 1))
-        yaw = np.arctan2(2 * (qpos[:, 4] * qpos[:, 5] + qpos[:, 3] * qpos[:, 6]), 1 - 2 * (qpos[:, 5] ** 2 + qpos[:, 6] ** 2))
-        upright = 1 - 2 * (qpos[:, 4] ** 2 + qpos[:, 5] ** 2) > .95
-        assert np.abs(yaw[upright]).max() <= np.pi / 4 + .1  # it is turned about its own axis, which tilts
+        assert np.abs(2 * np.arctan2(qpos[:, 6], qpos[:, 3])).max() <= np.pi / 4 + 1e-5 and not plain.places().any()
         torques = walker.walk(0.)(feel(qpos, symexp(obs[:, 13:27]), heading))
         assert np.allclose(torques, renamed(MOTORS, k, walker.walk(0.)(plain.ants.felt(heading))), atol=1e-4)
         plain.step(action)
-        compass.step(renamed_action[:, 0].numpy())
+        compass.step(renamed(MOTORS, k, action))
         assert np.array_equal(plain.ants.qpos, compass.ants.qpos)
     assert len(named) >= 3  # several names were in use
     with pytest.raises(ValueError, match="compass"):
         World(compass=True)
-
-
-def test_a_turned_ant_keeps_the_compass():
-    """In a turned world the legs' names follow: the torso still faces east, and the joints are those of the renamed legs."""
-    world = dataclasses.replace(WORLD, compass=True)
-    w = AntWorlds(world, [(0, 1)] * 3, *sample_layouts(WORLD, rng(), 3), rng(), threads=1)
-    obs, action = torch.from_numpy(w.obs())[:, None], torch.rand(3, 1, 8)
-    for g in range(4):
-        seen, done = turned(world, torch.full((3, 1), g), obs, action)
-        theirs, theirs_done = turned(WORLD, torch.full((3, 1), 5 * g), obs, action)  # g quarter turns, legs g places on
-        assert torch.allclose(seen, theirs, atol=1e-5) and torch.equal(done, theirs_done) and torch.allclose(seen[..., 1:5], obs[..., 1:5], atol=1e-5)
 
 
 def test_what_the_embedding_adds_is_what_a_walker_feels_and_how_far_things_are():

@@ -252,6 +252,25 @@ def test_figures_draws_all_that_the_runs_have(finished, tmp_path):
     assert seed["rl_episodes"] == seed["raw_episodes"] == 12 * 64 and seed["forced_success"] is None and seed["minutes"] > 0
 
 
+def test_results_of_other_seeds_and_rivals_are_kept(finished, tmp_path):
+    import figures
+    folder, other = copied(finished, tmp_path), {"seed": 7, "rl_success": .5}
+    path = tmp_path / "results.json"
+
+    def written(*seeds):
+        path.write_text(json.dumps({"smoke": {"seeds": [*seeds, other]}, "grid-small": {}}))
+        figures.write_results([folder], "smoke", tmp_path)
+        results = json.loads(path.read_text())
+        assert results["smoke"]["seeds"][1] == other and results["grid-small"] == {}
+        return results["smoke"]["seeds"][0]
+
+    whole = written()
+    assert written({"seed": 0, "rl_success": 2., "forced_success": .25}) == whole | {"forced_success": .25}  # its rival was not run again
+    (folder / "eval.json").unlink()
+    (folder / "eval-forced.json").write_text(json.dumps({"rl_success": .75}))
+    assert written({"seed": 0, "rl_success": 2., "cotrain_success": .25}) == {"seed": 0, "rl_success": 2., "cotrain_success": .25, "forced_success": .75}
+
+
 def test_a_base_that_comes_with_the_repository_is_used_and_said_so(finished, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train, "ASSETS", tmp_path / "assets")
     shipped = tmp_path / "assets" / "smoke" / "seed0"
