@@ -1,4 +1,4 @@
-"""Draw what the runs measured: `python figures.py --preset grid-small` reads runs/ and writes pictures.
+"""Draw what the runs measured: `python figures.py --preset grid-small` reads runs/ and writes pictures into figures/grid-small/.
 
   1. curves     training losses against the exact bounds (envs.exact_bounds)
   2. success    success against episodes, linear and log axis, median and quartiles over seeds (Fig. 8, A5)
@@ -231,14 +231,15 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--preset", choices=train.PRESETS, default="grid-small")
     parser.add_argument("--out", default="runs", help="folder that train.py wrote to")
-    parser.add_argument("--to", default="figures", help="folder for the pictures")
+    parser.add_argument("--to", default="figures", help="folder for results.json and, in a folder for each preset, the pictures")
     args = parser.parse_args(argv)
     folders = sorted((Path(args.out) / args.preset).glob("seed*"))
     if not folders:
         print(f"figures.py: nothing in {Path(args.out) / args.preset}; run train.py --preset {args.preset} first", file=sys.stderr)
         return 2
     to = Path(args.to)
-    to.mkdir(parents=True, exist_ok=True)
+    pictures = to / args.preset
+    pictures.mkdir(parents=True, exist_ok=True)
     for draw, name, seeds in ((draw_curves, "base", "all"), (draw_success, "policy", "all"),
                               (draw_gate, "meta", "one"), (draw_film, "policy", "one")):
         try:  # only finished checkpoints: an unfinished one would be trained on
@@ -246,7 +247,7 @@ def main(argv=None):
             if not have:
                 print(f"{draw.__name__}: no finished {name}.pt, skipped")
             else:
-                draw(have if seeds == "all" else have[0], to)
+                draw(have if seeds == "all" else have[0], pictures)
         except train.Refused as refusal:
             print(f"figures.py: {refusal}", file=sys.stderr)
             return 2
