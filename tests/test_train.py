@@ -16,7 +16,8 @@ import train
 
 ROOT = Path(__file__).resolve().parents[1]
 # Even smaller than smoke, where only the machinery is tested.
-TINY = ["--preset", "smoke", "--threads", "1", "--base_steps", "70", "--control_steps", "40", "--meta_steps", "45", "--rl_updates", "12",
+TINY = ["--preset", "smoke", "--threads", "1", "--dtype", "float32",  # auto measures, and what it finds may differ between two runs
+        "--base_steps", "70", "--control_steps", "40", "--meta_steps", "45", "--rl_updates", "12",
         "--eval_episodes", "40", "--evaluations", "2"]
 NAMES = ("base", "control", "meta", "policy", "raw")
 
@@ -59,6 +60,13 @@ def test_one_command_runs_every_stage_and_ends_with_the_comparison(finished):
             "code_success"} <= logs["meta"][-1].keys()
     assert {"success", "episodes", "abstract_actions", "std", "raw_steps"} <= logs["policy"][-1].keys()
     assert all(line["step"] == steps for line, steps in ((logs["base"][-1], 70), (logs["policy"][-1], 12)))
+
+
+def test_the_precision_is_measured_unless_it_is_asked_for(capsys):
+    run, *_ = train.parse(["--preset", "smoke"])
+    train.choose_device(run)
+    text = capsys.readouterr().out
+    assert f"dtype {run.dtype} (bfloat16 matrix products measured at" in text and run.dtype in (torch.float32, torch.bfloat16)
 
 
 def test_a_finished_stage_is_reused_and_fresh_starts_again(finished, tmp_path):
