@@ -158,7 +158,7 @@ PRESETS = {
                          post_task="0-1-2-3-0", rl_updates=200, rl_batch=512, rl_lr=1e-3, std_lr=1e-2, raw_lr=3e-4, rl_epochs=2, evaluations=10),
     # The paper's gridworld, sizes and rates: A.1, Tables A4, A7, A9, A13, A16. What remains different is marked NOT in paper.
     "grid-paper": Config(),
-    # The ant on a laptop. Not settled: see the README's section on it.
+    # The ant on a laptop: chosen on seed 0, see the README's section on it.
     "ant-small": Config(body="ant", compass=True, G=4, O=4, W=1, T=500, task_set="singles", demonstrations=16_000, mixer="hawk", width=96, layers=4, heads=4,
                         hidden=256, relative=True, lam=.2, layer=0, read=2, warmup=100, decay=.5, thin=.92, turn=True,
                         base_steps=14_000, base_batch=32, base_lr=1e-2, rank=0, control_steps=1500, control_batch=32, control_lr=3e-3,
