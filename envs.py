@@ -27,7 +27,7 @@ Cells are numbered row by row: cell = row * G + column. Actions on the grid: 0 u
 import functools
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 if sys.platform == "linux" and "DISPLAY" not in os.environ:
     os.environ.setdefault("MUJOCO_GL", "egl")  # draw without a display; MuJoCo reads this when it is imported
@@ -118,6 +118,11 @@ class World:
     @property
     def cells(self):
         return self.G * self.G
+
+    @property
+    def on_grid(self):
+        """The same board and tasks for a point: what holds for the path from cell to cell holds for the ant's, too."""
+        return replace(self, body="point", compass=False)
 
     @property
     def things(self):

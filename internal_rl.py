@@ -21,7 +21,6 @@ Glossary (name -> symbol -> shape; N episodes, M abstract actions, D width)
   rng       a numpy Generator for layouts; torch randomness is the global generator, which train.py seeds anew at every update
   state     everything that must persist from step to step, one row per episode: a nested dict / list of tensors
 """
-import dataclasses
 import math
 
 import numpy as np
@@ -487,7 +486,7 @@ def right_turns(walker, world, data, action):
     make (mostly a drift into the next cell: 4 in 100) are left out. Raises ValueError if none is left.
     """
     cells, when = by_cells(world, data)
-    grid = dataclasses.replace(world, body="point", compass=False)
+    grid = world.on_grid
     colours = np.broadcast_to(np.arange(world.O), (*cells.action.shape, world.O))
     probs = expert_probs(grid, contents_table(world, cells.things), distances(grid, cells.things), cells.agent[:, :-1], colours)  # (N, M, O, 4)
     target = np.take_along_axis(probs, cells.target[..., None, None], axis=2)[:, :, 0]  # (N, M, 4)

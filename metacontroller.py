@@ -20,8 +20,6 @@ Glossary (name -> symbol -> shape; B batch, T time, D width n_e, r rank)
   z         z_t, the integrated code                    (B, T, n_z)
   alpha     weight of the KL                            scalar
 """
-import math
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F

@@ -198,7 +198,7 @@ def check(cfg):
     """Raise Refused unless this configuration can work. Called before anything is written."""
     try:
         # (An ant's tasks can be finished if a point's can.)
-        generate(dataclasses.replace(world_of(cfg), body="point", compass=False), np.random.default_rng(0), 8, cfg.eps if cfg.eps < 1 else 0.)
+        generate(world_of(cfg).on_grid, np.random.default_rng(0), 8, cfg.eps if cfg.eps < 1 else 0.)
     except ValueError as error:
         raise Refused(str(error)) from None
     may_be_zero = ("W", "layer", "splice", "shuffle", "lam", "eps", "alpha", "alpha_start", "alpha_ramp", "read", "rank", "meta_rank", "warmup", "decay",
