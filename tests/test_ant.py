@@ -433,6 +433,7 @@ def test_every_stage_runs_on_recorded_ants(tmp_path, monkeypatch, capsys):
         assert all(np.array_equal(getattr(mine, name)[t, :n], getattr(theirs, name)[t, :n]) for name in ("action", "subgoal", "segment", "progress", "target"))
     assert figures.main(["--preset", "ant-paper", "--out", str(tmp_path), "--to", str(tmp_path / "pictures")]) == 0
     assert sorted(path.name for path in (tmp_path / "pictures" / "ant-paper").iterdir()) == ["agent.gif", "curves.png", "gate.png", "success.png"]
+    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == ["ant-paper", "results.json"]
     made = (folder / "demonstrations-clean" / "made.json").read_text()
     for old, new in (('"mujoco": "', '"mujoco": "1.'), ('"W": 1', '"W": 2')):
         (folder / "demonstrations-clean" / "made.json").write_text(made.replace(old, new))

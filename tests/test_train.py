@@ -245,12 +245,14 @@ def test_eval_and_figures_take_no_unfinished_checkpoint_for_a_result(finished, t
     assert figures.main(["--preset", "smoke", "--out", str(tmp_path / "runs"), "--to", str(tmp_path / "pictures")]) == 0
     assert "no finished policy.pt, skipped" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "pictures" / "smoke").iterdir()) == ["curves.png", "gate.png"]
+    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == ["results.json", "smoke"]
     assert (folder / "policy.pt").read_bytes() == before
 
 
 def test_figures_draws_all_that_the_runs_have(finished, tmp_path):
     import figures
     assert figures.main(["--preset", "smoke", "--out", str(finished[0]), "--to", str(tmp_path)]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.json", "smoke"]
     pictures = sorted((tmp_path / "smoke").iterdir())
     assert [path.name for path in pictures] == ["agent.gif", "curves.png", "gate.png", "success.png"]
     assert all(path.stat().st_size > 2000 for path in pictures)
