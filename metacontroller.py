@@ -13,6 +13,7 @@ Paper sections: C.3, C.4, D.2, E.1; Tables A7, A9.
 Glossary (name -> symbol -> shape; B batch, T time, D width n_e, r rank)
   e         e_t,l, residual stream read and written     (B, T, D)
   h         h_t-1, GRU summary of e_1:t-1               (B, T, n_h)
+  H         hidden units of the switch, `switch_hidden`
   s         s(e_1:T), ONE vector for the whole sequence (B, n_s)
   mu, logvar  mu_t, ln diag Sigma_t of the proposal     (B, T, n_z)
   proposal  z~_t ~ N(mu_t, Sigma_t)                     (B, T, n_z)
@@ -173,9 +174,10 @@ class SequenceEmbedder(nn.Module):
 class Metacontroller(nn.Module):
     """c_phi of D.2. gate: "soft" (E.1, the default), "gumbel" (exact form of E.1, straight-through), or "forced" (C.4.1)."""
 
-    def __init__(self, width, n_z=8, n_h=32, n_s=32, rank=16, gate="soft", encoder_hidden=64, decoder_hidden=32):
+    def __init__(self, width, n_z=8, n_h=32, n_s=32, rank=16, gate="soft", encoder_hidden=64, decoder_hidden=32, switch_hidden=32,
+                 forget=0.):
         super().__init__()
-        self.n_z, self.n_h, self.gate = n_z, n_h, gate
+        self.n_z, self.n_h, self.gate, self.forget = n_z, n_h, gate, forget
         # NOT in paper: e is normalised before it is read (not where it is written). Its scale is whatever the base learned.
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.gru = nn.GRU(width, n_h, batch_first=True)
@@ -185,25 +187,31 @@ class Metacontroller(nn.Module):
         # extinguishes it within 200 steps for every alpha >= 0.1 (posterior collapse; shared findings).
         nn.init.constant_(self.encoder[-1].bias[n_z:], -3.)
         # f_switch, Eq. 16: one hidden layer. The part that reads e_t and h_t-1 is applied to all steps at once.
-        self.switch_in, self.switch_z, self.switch_out = linear(width + n_h, n_h, 1.), nn.Linear(n_z, n_h, bias=False), linear(n_h, 1, 1.)
+        self.switch_in, self.switch_z = linear(width + n_h, switch_hidden, 1.), nn.Linear(n_z, switch_hidden, bias=False)
+        self.switch_out = linear(switch_hidden, 1, 1.)
         self.decoder = Decoder(n_z, width, rank, decoder_hidden)
 
     def encode(self, e, length):
-        """Eq. 12, 13, 15: e (B, T, D) -> mu, logvar (B, T, n_z) and the switch's input from e_t, h_t-1 (B, T, n_h)."""
+        """Eq. 12, 13, 15: e (B, T, D) -> mu, logvar (B, T, n_z) and the switch's input from e_t, h_t-1 (B, T, H)."""
         e = self.norm(e)
         h, _ = self.gru(e)  # (B, T, n_h): h_1 .. h_T
         h = F.pad(h[:, :-1], (0, 0, 1, 0))  # h_0 .. h_T-1: encoder and switch read the summary of the PAST
         s = self.embedder(e, length)[:, None].expand(-1, e.shape[1], -1)  # (B, n_s) -> (B, T, n_s)
         # Out of autocast's bfloat16: the KL cancels near the prior, and products of 1 - beta must keep small weights.
         mu, logvar = self.encoder(torch.cat([e, h, s], dim=-1)).float().chunk(2, dim=-1)
+        if self.training and self.forget:
+            # NOT in paper: in a share of the training episodes the switch does not see h. There are two ways to know that a subgoal is reached. Something has
+            # changed, by e and h: this is found first, holds for any code, and fails for a change that no demonstration shows. Or what e shows is what
+            # z asks for: this holds for every pair of subgoals, and fails for a code that says little. If it always sees h, it learns the first alone (README).
+            h = h * (torch.rand(len(h), 1, 1, device=h.device) >= self.forget)
         return mu, logvar, self.switch_in(torch.cat([e, h], dim=-1))
 
     def gate_logit(self, switch_input, z):
-        """Eq. 16 before the sigmoid: switch_input (B, n_h) from e_t, h_t-1; z (B, n_z) the INTEGRATED code z_t-1 -> (B,)."""
+        """Eq. 16 before the sigmoid: switch_input (B, H) from e_t, h_t-1; z (B, n_z) the INTEGRATED code z_t-1 -> (B,)."""
         return self.switch_out(F.relu(switch_input + self.switch_z(z)))[:, 0].float()
 
     def integrate(self, proposal, switch_input):
-        """Eq. 16, 17 over a sequence: proposal (B, T, n_z), switch_input (B, T, n_h) -> z (B, T, n_z), beta (B, T).
+        """Eq. 16, 17 over a sequence: proposal (B, T, n_z), switch_input (B, T, H) -> z (B, T, n_z), beta (B, T).
 
         beta_1 = 1: before the first step there is no code to keep. (NOT in paper, which leaves z_0 open.)
         """

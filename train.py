@@ -103,6 +103,9 @@ class Config:
     # Stage 2: Table A9
     n_z: int = option(8, "meta", "dimension of the code")
     n_h: int = option(32, "meta", "width of the GRU")
+    switch_hidden: int = option(32, "meta", "hidden units of the switch")
+    forget: float = option(0., "meta", "share of the training episodes in which the switch does not see h (see Metacontroller.encode)")
+    keep: float = option(.1, "meta", "share of the further steps that thinned episodes keep in the end, in stage 2 (in the others: .1)")
     n_s: int = option(32, "meta", "dimension of the sequence embedding")
     encoder_hidden: int = option(64, "meta", "hidden units of the encoder")
     meta_rank: int = option(16, "meta", "rank of the metacontroller's controllers; 0 = full matrix")
@@ -160,11 +163,11 @@ PRESETS = {
     "grid-paper": Config(),
     # The ant on a laptop: chosen on seed 0, see the README's section on it.
     "ant-small": Config(body="ant", compass=True, G=4, O=4, W=1, T=500, task_set="singles", demonstrations=16_000, mixer="hawk", width=96, layers=4, heads=4,
-                        hidden=256, relative=True, lam=.2, layer=0, read=2, warmup=100, decay=.5, thin=.92, turn=True,
+                        hidden=256, relative=True, lam=.2, layer=0, warmup=100, decay=.5, thin=.92, turn=True,
                         base_steps=14_000, base_batch=32, base_lr=1e-2, rank=0, control_steps=1500, control_batch=32, control_lr=3e-3,
-                        symmetric=True, splice=1., shuffle=1., decoder_hidden=64, meta_rank=0, meta_steps=3000, meta_batch=32, meta_lr=1.5e-3, alpha=.5,
-                        alpha_start=700, alpha_ramp=1000,
-                        rl_updates=150, rl_batch=256, rl_lr=1e-3, std_lr=1e-2, raw_lr=3e-4, rl_epochs=2, evaluations=6, eval_episodes=256),
+                        symmetric=True, splice=1., shuffle=1., n_h=64, switch_hidden=128, forget=.5, keep=.2, decoder_hidden=64, meta_rank=0,
+                        meta_steps=3000, meta_batch=32, meta_lr=1.5e-3, alpha=.5, alpha_start=700, alpha_ramp=1000,
+                        rl_updates=250, rl_batch=256, rl_lr=1e-3, std_lr=1e-2, raw_lr=3e-4, rl_epochs=2, evaluations=6, eval_episodes=256),
     # The paper's ant, sizes and rates: A.2, Tables A5, A8, A10, A14. NOT in paper, which does not say how many demonstrations there are: 200,000,
     # each seen about 500 times. Not tried at full length.
     "ant-paper": Config(body="ant", G=4, O=4, W=1, T=500, task_set="singles", mixer="hawk", layers=8, heads=8, lam=10., base_steps=204_800, base_batch=512,
@@ -202,7 +205,7 @@ def check(cfg):
     except ValueError as error:
         raise Refused(str(error)) from None
     may_be_zero = ("W", "layer", "splice", "shuffle", "lam", "eps", "alpha", "alpha_start", "alpha_ramp", "read", "rank", "meta_rank", "warmup", "decay",
-                   "save_seconds", "seed", "threads", "thin", "base_wd", "control_wd", "meta_wd")
+                   "save_seconds", "seed", "threads", "thin", "forget", "keep", "base_wd", "control_wd", "meta_wd")
     for name, value in dataclasses.asdict(cfg).items():
         if type(value) in (int, float) and not (value > 0 or value == 0 and name in may_be_zero):  # NaN fails both
             raise Refused(f"--{name} must {'not be negative' if name in may_be_zero else 'be positive'}, and is {value}")
@@ -217,9 +220,9 @@ def check(cfg):
         raise Refused(f"--layer {cfg.layer} does not exist: the model has layers 0 to {cfg.layers}")
     if cfg.read > cfg.layers:
         raise Refused(f"--read {cfg.read} does not exist: the model has layers 0 to {cfg.layers}")
-    if cfg.eps >= 1 or max(cfg.decay, cfg.splice, cfg.shuffle, cfg.thin) > 1:
-        raise Refused(f"--eps {cfg.eps} must be below 1, and --decay {cfg.decay}, --splice {cfg.splice}, --shuffle {cfg.shuffle} and --thin {cfg.thin} "
-                      f"at most 1")
+    if cfg.eps >= 1 or max(cfg.decay, cfg.splice, cfg.shuffle, cfg.thin, cfg.forget, cfg.keep) > 1:
+        raise Refused(f"--eps {cfg.eps} must be below 1, and --decay {cfg.decay}, --splice {cfg.splice}, --shuffle {cfg.shuffle}, --thin {cfg.thin}, "
+                      f"--forget {cfg.forget} and --keep {cfg.keep} at most 1")
     if cfg.body != "ant" and (cfg.thin or cfg.turn):
         raise Refused("--thin and --turn are for the ant")
     for name, choices in CHOICES.items():
@@ -612,10 +615,11 @@ def thin_steps(cfg, steps):
     return round(cfg.thin * steps)
 
 
-def batches(run, purpose, size, eps, first, last):
+def batches(run, purpose, size, eps, first, last, keep=.1):
     """Yield (step, batch) for steps first .. last-1; batch: dict of tensors obs (B, T+1, K), action, subgoal, mask, switches (B, T).
 
-    eps: share of random actions; None for clean demonstrations (C.4.4). The first share `thin` of the steps gets thinned episodes.
+    eps: share of random actions; None for clean demonstrations (C.4.4). The first share `thin` of the steps gets thinned episodes,
+    which keep a share of their further steps that grows to `keep`.
     Any step can be the first: what it contains depends on (seed, purpose, step) alone, and, with `thin`, on last.
     NOT in paper: with batches of similar length and losses averaged over a batch's steps, a step in a batch of short episodes
     weighs more than one in a batch of long ones. The logged NLLs are plain averages over the steps of unsorted test episodes.
@@ -632,7 +636,7 @@ def batches(run, purpose, size, eps, first, last):
                     seed_everything(cfg.seed, purpose, step)
                     batch = tensors(run, data[rows])
                     # The share of further steps grows: a goal is found out the sooner, the fewer steps it has to be remembered for.
-                    yield step, thinned(batch, cfg.G, .1 * (step / thin) ** 2) if step < thin else batch
+                    yield step, thinned(batch, cfg.G, keep * (step / thin) ** 2) if step < thin else batch
 
 
 def tensors(run, data):
@@ -664,7 +668,8 @@ def new_base(run):
 
 def new_metacontroller(run):
     cfg = run.cfg
-    return Metacontroller(cfg.width, cfg.n_z, cfg.n_h, cfg.n_s, cfg.meta_rank, cfg.gate, cfg.encoder_hidden, cfg.decoder_hidden).to(run.device)
+    return Metacontroller(cfg.width, cfg.n_z, cfg.n_h, cfg.n_s, cfg.meta_rank, cfg.gate, cfg.encoder_hidden, cfg.decoder_hidden,
+                          cfg.switch_hidden, cfg.forget).to(run.device)
 
 
 def pretrain(run):
@@ -762,7 +767,7 @@ def discover(run):
         test, bayes, known = evaluation_data(run, None)
         saver = Saver(run, name, learner, optimizer, seconds, parent)
         bar = tqdm(total=cfg.meta_steps, initial=first, desc="discover", unit="step", mininterval=1)
-        for step, batch in batches(run, "meta", cfg.meta_batch, None, first, cfg.meta_steps):
+        for step, batch in batches(run, "meta", cfg.meta_batch, None, first, cfg.meta_steps, cfg.keep):
             # NOT in paper: alpha grows from 0. With alpha in full from the start the code is given up before it carries anything. The share of
             # shuffled images grows with it: codes form on spliced ones, and are then made strict (README).
             grown = min(1., max(0, step + 1 - cfg.alpha_start) / max(cfg.alpha_ramp, 1))

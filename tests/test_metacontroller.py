@@ -130,6 +130,21 @@ def test_integration_equals_the_equations_step_by_step_gradients_included():
         assert (mine is None and theirs is None) or torch.allclose(mine, theirs, atol=1e-5)
 
 
+@pytest.mark.parametrize("forget", [0., .5, 1.])
+def test_the_switch_forgets_whole_episodes_in_training_only_and_the_encoder_never(forget):
+    torch.manual_seed(3)
+    meta = metacontroller()
+    meta.forget = forget
+    e, length = torch.randn(200, 7, 32), torch.full((200,), 7)
+    mu, _, seen = meta.train().encode(e, length)
+    mu_eval, _, whole = meta.eval().encode(e, length)
+    blank = meta.switch_in(torch.cat([meta.norm(e), torch.zeros(200, 7, meta.n_h)], -1))  # what is left if h = 0
+    forgot = torch.isclose(seen, blank, atol=1e-6).flatten(1).all(1)
+    assert torch.allclose(seen[~forgot], whole[~forgot], atol=1e-6) and torch.equal(mu, mu_eval)
+    assert abs(forgot.float().mean() - forget) < .1 and (forget in (0., 1.)) == (forgot.float().mean().item() == forget)
+    assert not torch.isclose(whole[:, 1:], blank[:, 1:], atol=1e-6).flatten(1).all(1).any()  # h is not 0 by itself
+
+
 def test_the_gate_is_causal_and_the_code_is_not():
     meta = metacontroller()
     torch.manual_seed(4)
