@@ -202,7 +202,7 @@ class Metacontroller(nn.Module):
         if self.training and self.forget:
             # NOT in paper: in a share of the training episodes the switch does not see h. There are two ways to know that a subgoal is reached. Something has
             # changed, by e and h: this is found first, holds for any code, and fails for a change that no demonstration shows. Or what e shows is what
-            # z asks for: this holds for every pair of subgoals, and fails for a code that says little. If it always sees h, it learns the first alone (README).
+            # z asks for: this holds for every pair of subgoals, and fails for a code that says little. A switch that always saw h had learned the first (README).
             h = h * (torch.rand(len(h), 1, 1, device=h.device) >= self.forget)
         return mu, logvar, self.switch_in(torch.cat([e, h], dim=-1))
 

@@ -161,7 +161,7 @@ PRESETS = {
                          post_task="0-1-2-3-0", rl_updates=200, rl_batch=512, rl_lr=1e-3, std_lr=1e-2, raw_lr=3e-4, rl_epochs=2, evaluations=10),
     # The paper's gridworld, sizes and rates: A.1, Tables A4, A7, A9, A13, A16. What remains different is marked NOT in paper.
     "grid-paper": Config(),
-    # The ant on a laptop: chosen on seed 0, see the README's section on it.
+    # The ant on a laptop: chosen on seed 0, its gate on seeds 0 to 2; see the README's section on it.
     "ant-small": Config(body="ant", compass=True, G=4, O=4, W=1, T=500, task_set="singles", demonstrations=16_000, mixer="hawk", width=96, layers=4, heads=4,
                         hidden=256, relative=True, lam=.2, layer=0, warmup=100, decay=.5, thin=.92, turn=True,
                         base_steps=14_000, base_batch=32, base_lr=1e-2, rank=0, control_steps=1500, control_batch=32, control_lr=3e-3,
@@ -620,7 +620,7 @@ def batches(run, purpose, size, eps, first, last, keep=.1):
 
     eps: share of random actions; None for clean demonstrations (C.4.4). The first share `thin` of the steps gets thinned episodes,
     which keep a share of their further steps that grows to `keep`.
-    Any step can be the first: what it contains depends on (seed, purpose, step) alone, and, with `thin`, on last.
+    Any step can be the first: what it contains depends on (seed, purpose, step) alone, and, with `thin`, on last and keep.
     NOT in paper: with batches of similar length and losses averaged over a batch's steps, a step in a batch of short episodes
     weighs more than one in a batch of long ones. The logged NLLs are plain averages over the steps of unsorted test episodes.
     """
@@ -862,7 +862,7 @@ def raw(run):
 
 
 def evaluate(run):
-    """Success of everything whose training has ended, on the same fresh episodes of the post-training task; written to eval.json."""
+    """Success of everything whose training has ended, on the same fresh episodes of the post-training task (the ant's expert: on others of it); written to eval.json."""
     run = dataclasses.replace(run, extend=False)
     world, n, kind = world_of(run.cfg), run.cfg.eval_episodes, suffix(run)
     rows = {}  # key -> (text, success)
