@@ -160,7 +160,7 @@ def seed_results(folder):
 
     bayes_gap_closed, switch_f1 (exact step), switch_f1_1 (+-1), switch_f1_5, undecided (gates): shares. code_identity: share of its maximum. *_success: share
     of fresh episodes of the post-training task; rl_success_normalised: divided by the ant's expert's. nll: of the base, nats per action; right_turns*: see
-    internal_rl.right_turns. *_episodes: episodes trained on. raw_unchanged: raw RL's weights are still the base's, bit for bit: no episode was ever rewarded. minutes: the path of `--stage rl`, rivals but
+    internal_rl.right_turns. gate_*: see internal_rl.opened_at_arrivals. *_episodes: episodes trained on. raw_unchanged: raw RL's weights are still the base's, bit for bit: no episode was ever rewarded. minutes: the path of `--stage rl`, rivals but
     raw excluded, the ant's demonstrations included and its walker not; base_minutes: the part of the base.
     """
     last = {name: (logs([folder], name) or [[{}]])[0][-1] for name in ("base", "control", "meta", "policy", "raw")}
@@ -180,6 +180,7 @@ def seed_results(folder):
             "control_success": plain.get("control_success"), "switch_f1": meta.get("f1"), "switch_f1_1": meta.get("f1_1"),
             "undecided": meta.get("undecided"), "code_identity": identity and identity / meta["code_identity_max"], "code_success": plain.get("code_success"),
             "rl_success": plain.get("rl_success"), "rl_episodes": last["policy"].get("episodes"),
+            "gate_next_door": plain.get("gate_next_door"), "gate_elsewhere": plain.get("gate_elsewhere"),
             "raw_success": plain.get("raw_success"), "raw_episodes": last["raw"].get("episodes"), "raw_unchanged": unchanged,
             "forced_success": read("eval-forced.json").get("rl_success"), "cotrain_success": read("eval-cotrain.json").get("rl_success"),
             "blind_success": plain.get("blind_success"), "minutes": sum(made) / 60 + sum(line.get("seconds", 0) for line in last.values()) / 60,
@@ -196,6 +197,7 @@ ROWS = (("base: share of the gap to Bayes closed", "bayes_gap_closed", "{:.1%}")
         ("code identity, share of its maximum", "code_identity", "{:.1%}"), ("transplanted code (B.3.2), success", "transplant_with", "{:.3f}"),
         ("the same without the code", "transplant_without", "{:.3f}"), ("codes from the prior, success", "code_success", "{:.4f}"),
         ("**internal RL, success**", "rl_success", "{:.3f}"), ("divided by the expert's", "rl_success_normalised", "{:.3f}"),
+        ("its gate opens at an arrival straight from another colour", "gate_next_door", "{:.1%}"), ("at any other arrival", "gate_elsewhere", "{:.1%}"),
         ("episodes of internal RL", "rl_episodes", "{:,}"),
         ("raw-action RL, success", "raw_success", "{:.4f}"), ("episodes of raw-action RL", "raw_episodes", "{:,}"),
         ("raw-action RL left the base's weights as they were", "raw_unchanged", "{}"),

@@ -7,7 +7,7 @@ Bottom-up:
   3. Policy            pi(z | e_1:t), a one-layer Hawk stepped only when the gate opens (D.3)
   4. update            the critic-free clipped update of C.5.2, one for both kinds of action
   5. episodes          collect a batch for internal RL (Algorithm 3) and for raw-action RL (C.5.3)
-  6. measurements      success with true subgoals (C.3), code identity
+  6. measurements      success with true subgoals (C.3), code identity, code transplant (B.3.2), the gate at arrivals
   7. walker            PPO for the ant's expert, with the same clipped objective (C.1.1); does the base turn as he does?
 
 Paper sections: C.1.1, C.3, C.5, D.3, B.3.2 (the idea behind code identity); Algorithms 1-3; Eq. 10; Table A13.
@@ -330,7 +330,6 @@ def code_identity(base, decoder, world, rng, codes=256, layouts=64, n_z=8):
     return float(information - bias), math.log(len(starts))
 
 
-
 def transplant(base, meta, world, rng, n, at):
     """Code transplant (B.3.2): do codes that led to a colour lead to it elsewhere, when they are put in after `at` steps?
 
@@ -357,6 +356,19 @@ def transplant(base, meta, world, rng, n, at):
         playing = data.length > at
         rates.append(float(success[playing].mean()) if playing.any() else 0.)
     return tuple(rates)
+
+
+def opened_at_arrivals(world, data, gates):
+    """Did the gate open where a subgoal was reached? Two arrays of bool, one entry for each such arrival: straight from another colour's cell, and from any other.
+
+    NOT in paper. The first are the hard ones: what stood on a colour a step ago stands on a colour now, so that not even "now on a colour, before on none" betrays
+    the change. F1 on demonstrations cannot show it if the transitions of the post-training task are in none. data: Trajectories of N episodes; gates (N, T), beta.
+    """
+    n, t = np.nonzero(data.switches())
+    on_colour = (data.things[n, :world.O] == data.agent[n, t - 1, None]).any(1)  # one step before the arrival
+    opened = gates.cpu().numpy()[n, t] > BETA_THRESHOLD
+    return opened[on_colour], opened[~on_colour]
+
 
 # ------------------------------------------------------------------------------------------------ 7. walker (C.1.1)
 # NOT in paper, whose expert is one agent that sees the whole board, a hint on the shortest path in every cell included. What such an agent needs to know is

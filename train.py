@@ -38,7 +38,7 @@ import torch
 from tqdm import tqdm
 
 from envs import Ants, Trajectories, World, ant_expert, concatenate, distances, exact_bounds, generate, sample_layouts, simulate
-from internal_rl import (Policy, Walker, code_identity, control_success, internal_episodes, internal_rl_step, play, raw_rl_step,
+from internal_rl import (Policy, Walker, code_identity, control_success, internal_episodes, internal_rl_step, opened_at_arrivals, play, raw_rl_step,
                          right_turns, transplant, walker_step)
 from metacontroller import SYMMETRIES, Decoder, Metacontroller, control_loss, discovery_loss, gate_scores, image_of, turned
 from model import SequenceModel, pretraining_loss
@@ -166,8 +166,8 @@ PRESETS = {
                         hidden=256, relative=True, lam=.2, layer=0, warmup=100, decay=.5, thin=.92, turn=True,
                         base_steps=14_000, base_batch=32, base_lr=1e-2, rank=0, control_steps=1500, control_batch=32, control_lr=3e-3,
                         symmetric=True, splice=1., shuffle=1., n_h=64, switch_hidden=128, forget=.5, keep=.2, decoder_hidden=64, meta_rank=0,
-                        meta_steps=3000, meta_batch=32, meta_lr=1.5e-3, alpha=.5, alpha_start=700, alpha_ramp=1000,
-                        rl_updates=250, rl_batch=256, rl_lr=1e-3, std_lr=1e-2, raw_lr=3e-4, rl_epochs=2, evaluations=6, eval_episodes=256),
+                        meta_steps=4500, meta_batch=32, meta_lr=1.5e-3, alpha=.5, alpha_start=700, alpha_ramp=1000,
+                        rl_updates=250, rl_batch=256, rl_lr=1e-3, std_lr=1e-2, raw_lr=3e-4, rl_epochs=2, evaluations=10, eval_episodes=256),
     # The paper's ant, sizes and rates: A.2, Tables A5, A8, A10, A14. NOT in paper, which does not say how many demonstrations there are: 200,000,
     # each seen about 500 times. Not tried at full length.
     "ant-paper": Config(body="ant", G=4, O=4, W=1, T=500, task_set="singles", mixer="hawk", layers=8, heads=8, lam=10., base_steps=204_800, base_batch=512,
@@ -704,7 +704,10 @@ def pretrain(run):
                 if recorded is not None:
                     with torch.no_grad():
                         mean = base.action_logits(base.lower(test["obs"][:, :-1]))[..., :8].cpu().numpy()  # (N, T, 8)
-                    bounds = right_turns(parent, world_of(cfg), recorded, mean)
+                    try:
+                        bounds = right_turns(parent, world_of(cfg), recorded, mean)
+                    except ValueError as error:
+                        raise Refused(f"{error}; the walker needs more --walker_updates") from None
                 else:
                     bounds = {"bayes": bayes, "known": known, "gap_closed": (np.log(4) - nll) / (np.log(4) - bayes)}
                 log(run, "base", bar, ("nll", *bounds, "episodes_per_s"), step=step + 1, seconds=saver.seconds(), episodes=episodes, nll=nll, **bounds,
@@ -868,7 +871,6 @@ def evaluate(run):
     rows = {}  # key -> (text, success)
     fresh_rng = lambda: seed_everything(EVAL_SEED, "eval", 3)
     alone = lambda model, rng: play(model, world, [world.post_task] * n, rng)[1]
-    coded = lambda base, meta, policy=None: internal_episodes(base, meta, world, fresh_rng(), n, policy)[1]
     if not kind and world.body == "ant" and finished(run, "walker"):
         rows["expert_success"] = "the ant's expert, mean action, told the task", expert_success(run, expert(run), [world.post_task], n, noise=0)
     if not kind and finished(run, "base"):
@@ -878,14 +880,20 @@ def evaluate(run):
         if finished(run, "control"):
             rows["control_success"] = "true-subgoal controllers (C.3)", control_success(base, control(run), world, fresh_rng(), n)
     if finished(run, "meta" + kind):
-        rows["code_success"] = "codes from the prior, before RL", coded(*discover(run))
+        rows["code_success"] = "codes from the prior, before RL", internal_episodes(*discover(run), world, fresh_rng(), n)[1]
     if not kind and world.body == "ant" and finished(run, "meta"):
         with_code, without = transplant(*discover(run), world, fresh_rng(), n, at=30)  # B.3.2
         rows["transplant_with"] = "a colour's code put in at step 30 leads to it", with_code
         rows["transplant_without"] = "the same without the code", without
     if finished(run, "policy" + kind):
         title = {"": "internal RL", "-forced": "internal RL, forced switching", "-cotrain": "internal RL, co-trained base"}[kind]
-        rows["rl_success"] = title, coded(*rl(run))
+        base, meta, policy = rl(run)
+        data, success, env = internal_episodes(base, meta, world, fresh_rng(), n, policy)
+        rows["rl_success"] = title, success
+        for key, where, opened in zip(("gate_next_door", "gate_elsewhere"), ("straight from another colour", "otherwise"),
+                                      opened_at_arrivals(world, data, env.gates)):
+            if len(opened):
+                rows[key] = f"  its gate opens at an arrival {where}", opened
     if not kind and finished(run, "raw"):
         rows["raw_success"] = "raw-action RL", alone(raw(run), fresh_rng())
     if not rows:

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import internal_rl
-from envs import World, generate
+from envs import Trajectories, World, generate
 from internal_rl import (InternalEnvironment, Policy, clipped_loss, code_identity, control_success, gaussian_logp, internal_episodes,
-                         internal_rl_step, play, raw_rl_step, relative_advantage, sequence_logp, steer_by_subgoal, transplant)
+                         internal_rl_step, opened_at_arrivals, play, raw_rl_step, relative_advantage, sequence_logp, steer_by_subgoal,
+                         transplant)
 from metacontroller import Decoder, Metacontroller
 from model import SequenceModel
 
@@ -272,3 +273,15 @@ def test_an_untrained_decoder_transplants_nothing():
     meta.decoder = Decoder(3, 32, 4)  # too weak to steer
     with_code, without = transplant(base, meta, WORLD, rng(), 600, at=2)
     assert 0 < without < .5 and abs(with_code - without) < .1
+
+
+def test_arrivals_straight_from_a_colour_are_told_from_others():
+    """A row of four cells: 0 1 . 2; from 0 to its neighbour 1, over the empty cell to 2. A late gate counts as shut, padding does not count."""
+    world = World(G=4, O=3, W=0, T=25, task_set="tiny")
+    def episodes(lengths):
+        column = lambda *values: np.array([values] * len(lengths))
+        return Trajectories(things=column(0, 1, 3), agent=column(0, 0, 1, 2, 3, 3), action=column(1, 1, 1, 1, 1), target=column(1, 1, 2, 2, 0),
+                            progress=column(0, 0, 1, 1, 2), subgoal=column(1, 1, 2, 2, 0), segment=column(0, 0, 1, 1, 2), length=np.array(lengths))
+    gates = torch.tensor([[1., 0, 1, 0, 0], [1., 0, .4, 1, .6], [1., 0, 1, 0, 1]])
+    near, far = opened_at_arrivals(world, episodes([5, 5, 4]), gates)
+    assert near.tolist() == [True, False, True] and far.tolist() == [False, True]
