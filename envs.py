@@ -294,7 +294,7 @@ class GridWorlds:
 
 # ------------------------------------------------------------------------------------------------ 4. the ant (A.2)
 # Physics: gymnasium's Ant-v5 body, its time step and its 5 physics steps per action. NOT in paper: MuJoCo's integrator implicitfast instead of RK4:
-# one evaluation of the forces per physics step instead of four, 3.6 times the steps per second (shared findings). The two bodies walk alike,
+# one evaluation of the forces per physics step instead of four, 3.6 times the steps per second (measured in a prototype). The two bodies walk alike,
 # and not bit for bit alike: an expert belongs to the integrator that it was trained with.
 
 CELL = 2.  # metres. NOT in paper, which does not give the size: an ant is 1.1 m wide and must be able to turn inside a cell

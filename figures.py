@@ -197,7 +197,7 @@ ROWS = (("base: share of the gap to Bayes closed", "bayes_gap_closed", "{:.1%}")
         ("code identity, share of its maximum", "code_identity", "{:.1%}"), ("transplanted code (B.3.2), success", "transplant_with", "{:.3f}"),
         ("the same without the code", "transplant_without", "{:.3f}"), ("codes from the prior, success", "code_success", "{:.4f}"),
         ("**internal RL, success**", "rl_success", "{:.3f}"), ("divided by the expert's", "rl_success_normalised", "{:.3f}"),
-        ("its gate opens at an arrival straight from another colour", "gate_next_door", "{:.1%}"), ("at any other arrival", "gate_elsewhere", "{:.1%}"),
+        ("the gate opens at an arrival straight from another colour", "gate_next_door", "{:.1%}"), ("from an empty cell", "gate_elsewhere", "{:.1%}"),
         ("episodes of internal RL", "rl_episodes", "{:,}"),
         ("raw-action RL, success", "raw_success", "{:.4f}"), ("episodes of raw-action RL", "raw_episodes", "{:,}"),
         ("raw-action RL left the base's weights as they were", "raw_unchanged", "{}"),

@@ -13,11 +13,13 @@ Bottom-up:
 Paper sections: C.1.1, C.3, C.5, D.3, B.3.2 (the idea behind code identity); Algorithms 1-3; Eq. 10; Table A13.
 
 Glossary (name -> symbol -> shape; N episodes, M abstract actions, D width)
-  e         e_t,l at the moment a code is asked for    (N, M, D)
+  e         the residual stream, steered by the rules, at the controlled layer (n, D)
+  reading   the uncontrolled stream at layer `read`, which the gate sees, and the policy: its e_1:t are these, of the moments at which
+            a code is asked for (there named e)        (n, D); (N, M, D)
   z         the abstract action                        (N, M, n_z)
   logp      ln pi(z | e_1:t), summed over dimensions   (N, M)
   advantage A_tau = (R - mean R) / (std R + 1e-3)      (N,)
-  opens     the gate opened at this step: beta > 0.5   (n,) bool, n rows still playing
+  opens     rows whose gate opened at this step: beta > 0.5  (m,) int64
   rng       a numpy Generator for layouts; torch randomness is the global generator, which train.py seeds anew at every update
   state     everything that must persist from step to step, one row per episode: a nested dict / list of tensors
 """
@@ -106,8 +108,8 @@ def steer_by_subgoal(decoder):
 class InternalEnvironment:
     """Algorithms 1 and 2 for a batch: between two openings of the gate, base model and decoder play by themselves.
 
-    `policy(e, memory) -> z, logp` is asked only in the episodes whose gate is open; at the first step always. Everything it was
-    asked is kept in `asked`: (episode, position in that episode, e, z, logp). `gates` keeps beta of every raw step.
+    `policy(e, memory) -> z, logp`, e being the reading, is asked only in the episodes whose gate is open; at the first step always. Everything it was
+    asked is kept in `asked`: (episode, position in that episode, e, z, logp). `gates` keeps beta of every raw step. `state` is how it begins; then it is the Player's.
     """
 
     def __init__(self, meta, policy, memory, n, T, device):
@@ -251,7 +253,7 @@ def internal_episodes(base, meta, world, rng, n, policy=None):
 
 
 def sequence_logp(policy, e, z, count, portions=8):
-    """ln pi(z | e_1:t) of whole sequences: e (N, M, D), z (N, M, n_z), count (N,) actions that exist -> (N, M), 0 beyond count's portion.
+    """ln pi(z | e_1:t) of whole sequences: e (N, M, D), z (N, M, n_z), count (N,) actions that exist -> (N, M), 0 beyond the longest of its portion.
 
     Equal to gaussian_logp(z, policy(e), policy.log_std) where actions exist. In portions of similar length, since one restless gate makes M
     ten times the average.
@@ -302,7 +304,8 @@ def first_colour(world, data):
 
 
 def code_identity(base, decoder, world, rng, codes=256, layouts=64, n_z=8):
-    """Mutual information, in nats, between a prior code and the subgoal that it leads to; and its maximum, ln S.
+    """Mutual information, in nats, between a prior code and the subgoal that it leads to; and ln S, which S equally
+    frequent subgoals would give if each code always led to the same one.
 
     Each code is held fixed, gate shut, in the same `layouts` worlds, none of which it was made for. Outcome: the subgoal
     that begins with the first colour visited, or "none". If codes name subgoals, a code leads to one subgoal whatever the layout; if they
@@ -359,7 +362,7 @@ def transplant(base, meta, world, rng, n, at):
 
 
 def opened_at_arrivals(world, data, gates):
-    """Did the gate open where a subgoal was reached? Two arrays of bool, one entry for each such arrival: straight from another colour's cell, and from any other.
+    """Did the gate open where a subgoal was reached? Two arrays of bool, one entry for each such arrival: straight from another colour's cell, and from an empty one.
 
     NOT in paper. The first are the hard ones: what stood on a colour a step ago stands on a colour now, so that not even "now on a colour, before on none" betrays
     the change. F1 on demonstrations cannot show it if the transitions of the post-training task are in none. data: Trajectories of N episodes; gates (N, T), beta.
@@ -401,12 +404,12 @@ class Walker(nn.Module):
 
     def actor(self, felt):
         """felt (n, 29) -> mean torques (n, 8)."""
-        answers = self.torques(torch.einsum("ni,kij->knj", felt, self.felt_seen))  # (8, n, 8), one for each symmetry
+        answers = self.torques(torch.einsum("ni,kij->knj", felt, self.felt_seen))  # (8, n, 29) -> (8, n, 8), one for each symmetry
         return torch.einsum("kni,kji->nj", answers, self.torques_seen) / 8  # the inverse of each is its transpose
 
     def critic(self, felt):
         """felt (n, 29) -> value (n,)."""
-        return self.value(torch.einsum("ni,kij->knj", felt, self.felt_seen))[..., 0].mean(0)
+        return self.value(torch.einsum("ni,kij->knj", felt, self.felt_seen))[..., 0].mean(0)  # (8, n, 29) -> (8, n, 1) -> (n,)
 
     def walk(self, noise):
         """`walk` for `envs.ant_expert`, in NumPy: a ~ N(mean, (noise * std)^2); noise = 0 walks cleanly (C.4.4)."""

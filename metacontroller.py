@@ -11,9 +11,10 @@ Bottom-up:
 Paper sections: C.3, C.4, D.2, E.1; Tables A7, A9.
 
 Glossary (name -> symbol -> shape; B batch, T time, D width n_e, r rank)
-  e         e_t,l, residual stream read and written     (B, T, D)
+  e         e_t,l: the residual stream. `Decoder` gets it at the controlled layer and writes there; `Metacontroller` gets it
+            as it is, uncontrolled, at layer `read` (the same one, as in the paper, unless the preset says otherwise)  (B, T, D)
   h         h_t-1, GRU summary of e_1:t-1               (B, T, n_h)
-  H         hidden units of the switch, `switch_hidden`
+  H_s, H_d  hidden units of the switch and of the decoder
   s         s(e_1:T), ONE vector for the whole sequence (B, n_s)
   mu, logvar  mu_t, ln diag Sigma_t of the proposal     (B, T, n_z)
   proposal  z~_t ~ N(mu_t, Sigma_t)                     (B, T, n_z)
@@ -47,15 +48,15 @@ class Decoder(nn.Module):
         return left.view(*z.shape[:-1], self.width, self.rank), right.view(*z.shape[:-1], self.rank, self.width)
 
     def forward(self, e, z):
-        """Eq. 11: e (..., D), z (..., n_z) -> e + U e. With rank r this costs 2 D r per step; U itself would cost D^2."""
+        """Eq. 11: e (..., D), z (..., n_z) -> e + U e. Applying a U of rank r costs 2 D r per step; building it first would cost D^2 r."""
         if self.rank:
             left, right = self.factors(z)
             return e + (left @ (right @ e[..., None]))[..., 0]  # (..., r, D) @ (..., D, 1) -> (..., r, 1) -> (..., D, 1)
-        # U is linear in the hidden units, U = sum_h hidden_h W_h + bias: W_h e for all h at once, then their sum. D H numbers per step, not D^2.
+        # U is linear in the hidden units, U = sum_h hidden_h W_h + bias: W_h e for all h at once, then their sum. D H_d numbers per step, not D^2.
         D, last = self.width, self.net[2]
-        hidden = self.net[1](self.net[0](z))  # (..., H)
-        W = last.weight.view(D, D, -1).transpose(0, 1).reshape(D, -1)  # (D out, D in, H) -> (D in, D out * H)
-        each = (e @ W).view(*e.shape, -1)  # (..., D, H)
+        hidden = self.net[1](self.net[0](z))  # (..., H_d)
+        W = last.weight.view(D, D, -1).transpose(0, 1).reshape(D, -1)  # (D out, D in, H_d) -> (D in, D out * H_d)
+        each = (e @ W).view(*e.shape, -1)  # (..., D, H_d)
         return e + (each @ hidden[..., None])[..., 0] + e @ last.bias.view(D, D).T
 
     def matrix(self, z):
@@ -88,8 +89,8 @@ def turned(world, g, obs, action):
     new[..., x], new[..., x + 1] = cos * new[..., x] - sin * new[..., x + 1], sin * new[..., x] + cos * new[..., x + 1]
     joints, motors = ([torch.from_numpy(table).to(device)[g] for table in tables] for tables in (JOINTS, MOTORS))  # each (B, T, 8) twice
     for x in (5, 19):  # angles, velocities
-        new[..., x:x + 8] = obs[..., x:x + 8].gather(-1, joints[0]) * joints[1]
-    return new, action.gather(-1, motors[0]) * motors[1]
+        new[..., x:x + 8] = obs[..., x:x + 8].gather(-1, joints[0]) * joints[1]  # (B, T, 8): which joint, and its sign
+    return new, action.gather(-1, motors[0]) * motors[1]  # (B, T, 8)
 
 
 def exchanged(world, colours, obs):
@@ -99,21 +100,21 @@ def exchanged(world, colours, obs):
         order[:, :world.O] = colours
     else:
         order[:, 29:29 + 2 * world.O] = (29 + 2 * colours[..., None] + torch.arange(2, device=obs.device)).flatten(1)  # (B, O, 2) -> (B, 2 O)
-    return obs.gather(-1, order[:, None].expand(obs.shape))
+    return obs.gather(-1, order[:, None].expand(obs.shape))  # (B, K or F) -> (B, T, K or F)
 
 
 def image_of(batch, world, symmetric, splice, shuffle):
     """Another view of a batch's episodes, for the controllers to steer; None if no such help is asked for. NOT in paper; three helps (README):
 
-    symmetric: each image is turned or reflected its own way (see `turned`). A code that says "up" or "into that corner" becomes worthless, one that
-        says "to colour 2" is as good as before. Without it the codes name directions: code identity stays at 0.
-    splice, shuffle: in these shares of the images the past, up to a random step, is made useless or wrong, so that the code has to overrule what the
-        base knows from it. Without, a code need only say which of the transitions shown in pretraining is meant, and fails where RL needs one
-        that was never shown.
+    symmetric: each image is turned or reflected its own way, a spliced past as the episode that it comes from (see `turned`). A code that says "up" or
+        "into that corner" becomes worthless, one that says "to colour 2" is as good as before. Without it the codes name directions: code identity stays at 0.
+    shuffle, splice: in a share `shuffle` of the images, and in a share `splice` of the others, the past, up to a random step, is made useless or wrong, so
+        that the code has to overrule what the base knows from it. Without, a code need only say which of the transitions shown in pretraining is meant, and
+        fails where RL needs one that was never shown.
         splice: the past is the end of another episode. Its steps are steered, too, by that episode's codes. Codes form fast.
         shuffle: the past is the episode's own, its colours exchanged at random. Nothing betrays the exchange but the colours themselves, so it is the
-        stricter teacher; but its own steps are not scored, as no code tells of exchanged colours. An image drawn for both is shuffled. Late steps
-        of an episode are scored more often than early ones.
+        stricter teacher; but its own steps are not scored, as no code tells of exchanged colours. Late steps of an episode are scored
+        more often than early ones.
     In both any colour follows any other, also where pretraining never shows it.
 
     batch: a dict of tensors obs (B, T+1, K), action and mask (B, T), or the ant's. Returns a dict of obs (B, T, K), action, row, step (B, T): step t of image b
@@ -142,7 +143,7 @@ def image_of(batch, world, symmetric, splice, shuffle):
 def control_loss(base, decoder, obs, action, subgoal, mask):
     """C.3: action NLL (nats per step) when z_t is the one-hot of the true subgoal and the gate is always open.
 
-    obs (B, T, K), action, subgoal, mask (B, T). Gradients reach the decoder only if the base is frozen.
+    obs (B, T, K), action, subgoal, mask (B, T). With a frozen base they train the decoder alone.
     """
     with torch.no_grad():
         e = base.lower(obs)
@@ -156,7 +157,7 @@ class SequenceEmbedder(nn.Module):
     """f_emb, Eq. 13: the whole sequence e_1:T in one vector s, by a Hawk layer (D.1.1) read at the last step.
 
     One vector per sequence, not per step: given a summary of the future at every t, the encoder re-sends the code at every
-    step and the gate never closes (measured; shared findings). NOT in paper: the embedder's inner width, silent there.
+    step and the gate never closes (measured in a prototype). NOT in paper, which does not give it: the inner width of 64.
     """
 
     def __init__(self, width, n_s, inner=64, heads=4):
@@ -184,7 +185,7 @@ class Metacontroller(nn.Module):
         self.embedder = SequenceEmbedder(width, n_s)
         self.encoder = mlp(width + n_h + n_s, encoder_hidden, 2 * n_z, scale=1.)
         # NOT in paper: the posterior starts narrow, Sigma = exp(-3). From Sigma = 1 the code carries nothing at first and the KL
-        # extinguishes it within 200 steps for every alpha >= 0.1 (posterior collapse; shared findings).
+        # extinguishes it within 200 steps for every alpha >= 0.1 (posterior collapse, measured in a prototype).
         nn.init.constant_(self.encoder[-1].bias[n_z:], -3.)
         # f_switch, Eq. 16: one hidden layer. The part that reads e_t and h_t-1 is applied to all steps at once.
         self.switch_in, self.switch_z = linear(width + n_h, switch_hidden, 1.), nn.Linear(n_z, switch_hidden, bias=False)
@@ -192,7 +193,7 @@ class Metacontroller(nn.Module):
         self.decoder = Decoder(n_z, width, rank, decoder_hidden)
 
     def encode(self, e, length):
-        """Eq. 12, 13, 15: e (B, T, D) -> mu, logvar (B, T, n_z) and the switch's input from e_t, h_t-1 (B, T, H)."""
+        """Eq. 12, 13, 15: e (B, T, D) -> mu, logvar (B, T, n_z) and the switch's input from e_t, h_t-1 (B, T, H_s)."""
         e = self.norm(e)
         h, _ = self.gru(e)  # (B, T, n_h): h_1 .. h_T
         h = F.pad(h[:, :-1], (0, 0, 1, 0))  # h_0 .. h_T-1: encoder and switch read the summary of the PAST
@@ -207,11 +208,11 @@ class Metacontroller(nn.Module):
         return mu, logvar, self.switch_in(torch.cat([e, h], dim=-1))
 
     def gate_logit(self, switch_input, z):
-        """Eq. 16 before the sigmoid: switch_input (B, H) from e_t, h_t-1; z (B, n_z) the INTEGRATED code z_t-1 -> (B,)."""
+        """Eq. 16 before the sigmoid: switch_input (B, H_s) from e_t, h_t-1; z (B, n_z) the INTEGRATED code z_t-1 -> (B,)."""
         return self.switch_out(F.relu(switch_input + self.switch_z(z)))[:, 0].float()
 
     def integrate(self, proposal, switch_input):
-        """Eq. 16, 17 over a sequence: proposal (B, T, n_z), switch_input (B, T, H) -> z (B, T, n_z), beta (B, T).
+        """Eq. 16, 17 over a sequence: proposal (B, T, n_z), switch_input (B, T, H_s) -> z (B, T, n_z), beta (B, T).
 
         beta_1 = 1: before the first step there is no code to keep. (NOT in paper, which leaves z_0 open.)
         """

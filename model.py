@@ -63,7 +63,7 @@ class GaussianHead(nn.Module):
     """A Gaussian with learned diagonal covariance (C.1.2), for the continuous actions and observations of a body.
 
     x (..., D) -> (..., 2 n): mean, then log std, which is one learned vector, the same at every step. NOT in paper, which is silent: it starts
-    at -1.5 (the walker's own is -2); from 0 it takes hundreds of steps of Adam to come down.
+    at -1.5 (the walker's own ends at ln .2 = -1.6); from 0 it takes hundreds of steps of Adam to come down.
     """
 
     def __init__(self, width, n):
@@ -135,7 +135,7 @@ class BodyEmbedding(nn.Module):
         x = self.linear(torch.cat([obs, R, symlog(own(symexp(obs[..., 13:16]))), own(obs[..., -2:])], dim=-1))
         away = obs[..., 29:-2].view(B, T, self.kinds, 2) * self.G + obs[..., None, -2:]  # in half cells: to k's cell, from the torso and its own cell
         away = (away / 2).round().long().clamp(1 - self.G, self.G - 1) + self.G - 1  # (B, T, K-1, 2): x, y in whole cells
-        rows = (torch.arange(self.kinds, device=obs.device) * (2 * self.G - 1) + away[..., 1]) * (2 * self.G - 1) + away[..., 0]
+        rows = (torch.arange(self.kinds, device=obs.device) * (2 * self.G - 1) + away[..., 1]) * (2 * self.G - 1) + away[..., 0]  # (B, T, K-1)
         return x + self.bag(rows.view(B * T, self.kinds)).view(B, T, -1)  # (B*T, D) -> (B, T, D)
 
 
@@ -151,7 +151,7 @@ def relative_buckets(T, buckets):
 
 
 class RelativeBias(nn.Module):
-    """Learned attention bias per head and distance bucket, computed once and shared by all layers (D.1.2)."""
+    """Learned attention bias per head and distance bucket, one for all layers (D.1.2)."""
 
     def __init__(self, buckets, heads):
         super().__init__()
@@ -166,6 +166,8 @@ class RelativeBias(nn.Module):
 
 
 class Attention(nn.Module):
+    """Causal multi-head attention; position and causality come with the bias (D.1.2)."""
+
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
@@ -186,6 +188,7 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).reshape(B, T, D))
 
     def init_cache(self, B, T, like):
+        """Room for the keys and values of B sequences of at most T steps, of `like`'s dtype and device."""
         shape = (B, self.heads, T, self.out.in_features // self.heads)
         return {"k": like.new_zeros(shape), "v": like.new_zeros(shape)}
 
@@ -266,7 +269,7 @@ class RGLRU(nn.Module):
         self.heads, block = heads, width // heads
         self.w = nn.Parameter(torch.randn(2, heads, block, block) * math.sqrt(1 / block))
         self.b = nn.Parameter(torch.zeros(2, heads, 1, block))
-        decay = torch.empty(width).uniform_(.9, .999)  # the slowest decay of each channel, a at r = 1
+        decay = torch.empty(width).uniform_(.9, .999)  # a at r = 1, where each channel forgets fastest
         self.log_lambda = nn.Parameter(torch.log(torch.expm1(-decay.log() / 8)))  # softplus^-1
 
     def forward(self, x, h0):
@@ -303,6 +306,7 @@ class Hawk(nn.Module):
         return self.out(h.to(x.dtype) * F.gelu(self.gate(x)))
 
     def init_cache(self, B, T, like):
+        """The convolution's last three inputs and the state of the RG-LRU, for B sequences, whatever their length."""
         D = self.out.in_features
         return {"tail": like.new_zeros(B, 3, D), "h": torch.zeros(B, D, device=like.device)}
 
@@ -337,7 +341,7 @@ class SequenceModel(nn.Module):
     def __init__(self, cells, things, width, layers, heads, hidden, buckets, layer, lam=0., mixer="attention", actions=4,
                  relative=False, read=None, sensors=0):
         super().__init__()
-        self.cells, self.things, self.layer, self.lam, self.continuous = cells, things, layer, lam, sensors > 0
+        self.cells, self.layer, self.lam, self.continuous = cells, layer, lam, sensors > 0
         self.read = layer if read is None else read
         # NOT in paper: scale 1 instead of 0.1 for the sensors, too, so that e_0 has about unit variance.
         self.embed = (ObsEmbedding(cells, things, width, relative) if not sensors else BodyEmbedding(sensors, cells, things, width) if relative

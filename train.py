@@ -11,13 +11,13 @@
 together on the loss of stage 2 (C.4.2: from scratch on the grid, from the pretrained base for the ant), and internal RL on them; `--rival raw` trains raw-action RL only.
 A stage whose input is missing trains it first, or takes it from assets/ if it comes with the repository (not with --fresh); a finished one is
 reused; an interrupted one goes on where it was, bit for bit.
-Files: runs/<preset>/seed<k>/*.pt and one .jsonl of metrics per stage.
+Files: runs/<preset>/seed<k>/*.pt, one .jsonl of metrics for each, and eval.json.
 
 Bottom-up: 1. configuration and presets   2. checkpoints and logs   3. device   4. what every stage uses   5. data   6. the stages
 7. the command line
 
-How a resumed run can equal an uninterrupted one: nothing random depends on the past. Before step k of a stage, all random
-generators are seeded with (seed, stage, k), so a checkpoint needs model, optimiser and step, and no generator states. Bit for bit
+How a resumed run can equal an uninterrupted one: nothing random depends on the past. Before step k of a stage, torch's random
+generator is seeded with (seed, stage, k), and NumPy's, which draws episodes, likewise before every chunk of steps, so a checkpoint needs model, optimiser and step, and no generator states. Bit for bit
 holds on the same CPU with the same number of threads; CUDA's own kernels are not all deterministic.
 """
 import argparse
@@ -46,7 +46,7 @@ from model import SequenceModel, pretraining_loss
 # ------------------------------------------------------------------------------------------------ 1. configuration
 
 def option(default, group, text):
-    """A configuration field. Checkpoints remember the fields of their own group and of the groups before it."""
+    """A configuration field. Which groups of them a checkpoint remembers: see DEPENDS."""
     return dataclasses.field(default=default, metadata={"group": group, "help": text})
 
 
@@ -90,7 +90,7 @@ class Config:
     # Where and on what the stream is steered: Tables A7 and A9
     layer: int = option(3, "split", "l, the controlled layer: 0 (embedding) to L")
     symmetric: bool = option(False, "split", "controllers steer a turned or reflected image of the episode (see metacontroller.image_of)")
-    splice: float = option(0., "split", "share of these images that begin with the end of another episode")
+    splice: float = option(0., "split", "share of these images, those not shuffled, that begin with the end of another episode")
     shuffle: float = option(0., "split", "share of these images whose past has its colours exchanged; in stage 2 it grows as alpha does")
     rank: int = option(16, "control", "rank of the controllers of true subgoals; 0 = full matrix")
 
@@ -194,7 +194,7 @@ ASSETS = Path(__file__).parent / "assets"  # <preset>/seed<k>/ holds the checkpo
 
 
 class Refused(Exception):
-    """The request can't be carried out as it stands: one sentence for the user, exit code 2, nothing written."""
+    """The request can't be carried out as it stands: one sentence for the user, exit code 2; what is there stays as it is."""
 
 
 def check(cfg):
@@ -289,11 +289,14 @@ def difference(run, name, theirs):
 
 
 def use_shipped(run, name):
-    """Copy checkpoint `name` and its log out of assets/, if the run has none yet and would train just this one."""
+    """Copy checkpoint `name` and its log out of assets/, if the run has none yet, asks for the same configuration and, for an ant's base, has the
+    walker that it was trained on. Called for the walker first."""
     shipped = dataclasses.replace(run, folder=ASSETS / run.preset / ("seed0" if name == "walker" else run.folder.name))
     if run.fresh or (run.folder / f"{name}.pt").exists() or not (shipped.folder / f"{name}.pt").exists():
         return
     saved = torch.load(shipped.folder / f"{name}.pt", map_location="cpu", weights_only=True)
+    if saved["parent"] and (walker := read_checkpoint(run, "walker")) and saved["parent"] != digest(walker["model"]):
+        return
     if difference(run, name, saved["fingerprint"]) is None:
         run.folder.mkdir(parents=True, exist_ok=True)
         for kind in ("jsonl", "pt"):  # the log first: a checkpoint without its log would never get one
@@ -307,9 +310,9 @@ def finished(run, name):
     return saved is not None and saved["done"]
 
 
-def digest(model):
-    """A hash of the weights: a checkpoint remembers on which base (or metacontroller) it was trained."""
-    return hashlib.sha256(b"".join(value.detach().cpu().numpy().tobytes() for value in model.state_dict().values())).hexdigest()
+def digest(weights):
+    """A hash of a state_dict: a checkpoint remembers on which walker, base or metacontroller it was trained, its parent."""
+    return hashlib.sha256(b"".join(value.detach().cpu().numpy().tobytes() for value in weights.values())).hexdigest()
 
 
 def resume(run, name, model, optimizer, parent=None):
@@ -322,8 +325,8 @@ def resume(run, name, model, optimizer, parent=None):
         (run.folder / f"{name}.jsonl").unlink(missing_ok=True)
         return 0, 0., False
     path = run.folder / f"{name}.pt"
-    if saved["parent"] != (parent and digest(parent)):
-        raise Refused(f"{path} was trained on another base model or metacontroller than the one beside it: delete it, or start again with --fresh")
+    if saved["parent"] != (parent and digest(parent.state_dict())):
+        raise Refused(f"{path} was trained on another walker, base model or metacontroller than the one beside it: delete it, or start again with --fresh")
     try:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -348,13 +351,13 @@ def write_atomically(path, content):
 
 
 class Saver:
-    """Writes checkpoint `name` when it is due: every save_seconds, and at the end."""
+    """Writes checkpoint `name` when it is due: after the first step, every save_seconds, and at the end."""
 
     def __init__(self, run, name, model, optimizer, seconds, parent=None):
         self.run, self.name, self.model, self.optimizer = run, name, model, optimizer
-        self.parent = parent and digest(parent)
+        self.parent = parent and digest(parent.state_dict())
         self.begun = time.time() - seconds
-        self.last = time.time()
+        self.last = 0.  # so that after --fresh one step suffices to say that this one is being trained here
         run.folder.mkdir(parents=True, exist_ok=True)
         (run.folder / f"eval{suffix(run)}.json").unlink(missing_ok=True)  # it speaks of weights that are about to change
 
@@ -462,7 +465,7 @@ def show_actions(bar, test, logits):
 
 
 def due(cfg, step, steps):
-    """Is there an evaluation after step `step`? About `evaluations` of them, evenly spread; the last step always has one."""
+    """Is there an evaluation after step `step`? About `evaluations` of them, evenly spread. The callers add the last step."""
     return (step + 1) % max(steps // cfg.evaluations, 1) == 0
 
 
@@ -538,7 +541,7 @@ class Demonstrations:
 
     def __init__(self, run, kind, walker):
         world, folder = world_of(run.cfg), run.folder / f"demonstrations-{kind}"
-        wanted = {"mujoco": version("mujoco"), "walker": digest(walker), "episodes": run.cfg.demonstrations, "seed": run.cfg.seed,
+        wanted = {"mujoco": version("mujoco"), "walker": digest(walker.state_dict()), "episodes": run.cfg.demonstrations, "seed": run.cfg.seed,
                   **{name: value for name, value in dataclasses.asdict(world).items() if name != "post"}}
         if not (folder / "made.json").exists():
             self.make(run, kind, walker, world, folder, wanted)
@@ -865,7 +868,8 @@ def raw(run):
 
 
 def evaluate(run):
-    """Success of everything whose training has ended, on the same fresh episodes of the post-training task (the ant's expert: on others of it); written to eval.json."""
+    """Success of everything whose training has ended, on the same fresh episodes of the post-training task (the ant's expert: on others of it), and what else
+    is measured by playing. Printed, and written to eval.json (a rival's: eval-forced.json, eval-cotrain.json)."""
     run = dataclasses.replace(run, extend=False)
     world, n, kind = world_of(run.cfg), run.cfg.eval_episodes, suffix(run)
     rows = {}  # key -> (text, success)
@@ -890,18 +894,18 @@ def evaluate(run):
         base, meta, policy = rl(run)
         data, success, env = internal_episodes(base, meta, world, fresh_rng(), n, policy)
         rows["rl_success"] = title, success
-        for key, where, opened in zip(("gate_next_door", "gate_elsewhere"), ("straight from another colour", "otherwise"),
+        for key, where, opened in zip(("gate_next_door", "gate_elsewhere"), ("straight from another colour", "from an empty cell"),
                                       opened_at_arrivals(world, data, env.gates)):
             if len(opened):
-                rows[key] = f"  its gate opens at an arrival {where}", opened
+                rows[key] = f"under it the gate opens at an arrival {where}", opened
     if not kind and finished(run, "raw"):
         rows["raw_success"] = "raw-action RL", alone(raw(run), fresh_rng())
     if not rows:
         raise Refused(f"nothing in {run.folder} has been trained to its end: there is nothing to evaluate")
     rates = {key: float(np.mean(success)) for key, (_, success) in rows.items()}
-    print(f"\nsuccess on the post-training task {'-'.join(map(str, world.post_task))}, {n} episodes ({20 * n} blind), sampled actions")
-    for key, (text, _) in rows.items():
-        print(f"  {text:40} {rates[key]:.4f}")
+    of_task = f"success on the post-training task {'-'.join(map(str, world.post_task))}, {n} episodes ({20 * n} blind), sampled actions"
+    for heading, keys in ((of_task, [key for key in rows if key.endswith("_success")]), ("also measured", [key for key in rows if not key.endswith("_success")])):
+        print("\n".join([f"\n{heading}", *(f"  {rows[key][0]:62} {rates[key]:.4f}" for key in keys)] if keys else []))
     write_atomically(run.folder / f"eval{kind}.json", json.dumps(rates).encode())
 
 
@@ -957,14 +961,17 @@ def parse(argv):
 def main(argv=None):
     try:
         run, stage, rival, stale = parse(argv)
+        for name in run.names:
+            if name not in stale:
+                read_checkpoint(run, name)  # refuse bad files now, before anything is deleted, and not after an hour of training
         for name in stale:
             for kind in ("pt", "jsonl"):
                 (run.folder / f"{name}.{kind}").unlink(missing_ok=True)
             if name == "walker":
                 for kind in ("noisy", "clean"):
                     shutil.rmtree(run.folder / f"demonstrations-{kind}", ignore_errors=True)
-        for name in run.names:
-            read_checkpoint(run, name)  # refuse bad files now, not after an hour of training
+        if stale:
+            (run.folder / f"eval{suffix(run)}.json").unlink(missing_ok=True)  # it speaks of weights that are gone
         print(f"{run.preset}, seed {run.cfg.seed}: " + " ".join(f"{k}={v}" for k, v in dataclasses.asdict(run.cfg).items()))
         for name in run.names if stage != "eval" else ():
             use_shipped(run, name)

@@ -383,3 +383,41 @@ def test_an_old_evaluation_does_not_outlive_the_weights_it_speaks_of(finished, t
     folder = copied(finished, tmp_path)
     assert train.main([*TINY, "--stage", "discover", "--fresh", "--out", str(tmp_path / "runs")]) == 0
     assert not (folder / "eval.json").exists()
+
+
+def test_fresh_deletes_nothing_if_what_it_keeps_is_refused(finished, tmp_path, capsys):
+    folder = copied(finished, tmp_path)
+    (folder / "meta-forced.pt").write_bytes((folder / "meta.pt").read_bytes())
+    before = sorted(path.name for path in folder.iterdir())
+    assert train.main([*TINY, "--rival", "forced", "--fresh", "--width", "64", "--out", str(tmp_path / "runs")]) == 2
+    assert "base.pt was made with width=32" in capsys.readouterr().err
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_what_was_begun_with_fresh_is_not_replaced_by_what_is_shipped(finished, tmp_path, capsys, monkeypatch):
+    """Killed after a single step, long before save_seconds have passed."""
+    monkeypatch.setattr(train, "ASSETS", finished[0])  # holds smoke/seed0/base.pt
+    line = [*TINY, "--stage", "pretrain", "--save_seconds", "3600", "--out", str(tmp_path)]
+    genuine, calls = train.optimise, []
+    def killed(*args):
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(genuine(*args))
+    monkeypatch.setattr(train, "optimise", killed)
+    assert train.main([*line, "--fresh"]) == 130
+    monkeypatch.setattr(train, "optimise", genuine)
+    assert train.main(line) == 0
+    out = capsys.readouterr().out
+    assert "assets" not in out and "base: continues at step 1" in out
+
+
+def test_a_base_is_shipped_only_with_the_walker_that_it_was_trained_on(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "pretrain", lambda run: None)
+    source, folder = train.ASSETS / "ant-small" / "seed0", tmp_path / "ant-small" / "seed0"
+    line = ["--preset", "ant-small", "--stage", "pretrain", "--threads", "1", "--out", str(tmp_path)]
+    assert train.main(line) == 0 and "walker: taken from assets" in capsys.readouterr().out and (folder / "base.pt").exists()
+    (folder / "base.pt").unlink()
+    saved = torch.load(source / "walker.pt", weights_only=True)
+    saved["model"]["log_stds"] += 1e-3  # a walker trained elsewhere
+    torch.save(saved, folder / "walker.pt")
+    assert train.main(line) == 0 and "assets" not in capsys.readouterr().out and not (folder / "base.pt").exists()
