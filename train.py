@@ -167,7 +167,7 @@ PRESETS = {
                         base_steps=14_000, base_batch=32, base_lr=1e-2, rank=0, control_steps=1500, control_batch=32, control_lr=3e-3,
                         symmetric=True, splice=1., shuffle=1., n_h=64, switch_hidden=128, forget=.5, keep=.2, decoder_hidden=64, meta_rank=0,
                         meta_steps=4500, meta_batch=32, meta_lr=1.5e-3, alpha=.5, alpha_start=700, alpha_ramp=1000,
-                        rl_updates=250, rl_batch=256, rl_lr=1e-3, std_lr=1e-2, raw_lr=3e-4, rl_epochs=2, evaluations=10, eval_episodes=256),
+                        rl_updates=150, rl_batch=256, rl_lr=1e-3, std_lr=1e-2, raw_lr=3e-4, rl_epochs=2, evaluations=6, eval_episodes=256),
     # The paper's ant, sizes and rates: A.2, Tables A5, A8, A10, A14. NOT in paper, which does not say how many demonstrations there are: 200,000,
     # each seen about 500 times. Not tried at full length.
     "ant-paper": Config(body="ant", G=4, O=4, W=1, T=500, task_set="singles", mixer="hawk", layers=8, heads=8, lam=10., base_steps=204_800, base_batch=512,
