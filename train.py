@@ -326,7 +326,8 @@ def resume(run, name, model, optimizer, parent=None):
         return 0, 0., False
     path = run.folder / f"{name}.pt"
     if saved["parent"] != (parent and digest(parent.state_dict())):
-        raise Refused(f"{path} was trained on another walker, base model or metacontroller than the one beside it: delete it, or start again with --fresh")
+        kind = {"base": "walker", "policy": "metacontroller"}.get(name.split("-")[0], "base model")
+        raise Refused(f"{path} was trained on another {kind} than the one beside it: delete it, or start again with --fresh")
     try:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
