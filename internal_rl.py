@@ -13,9 +13,9 @@ Bottom-up:
 Paper sections: C.1.1, C.3, C.5, D.3, B.3.2 (the idea behind code identity); Algorithms 1-3; Eq. 10; Table A13.
 
 Glossary (name -> symbol -> shape; N episodes, M abstract actions, D width)
-  e         the residual stream, steered by the rules, at the controlled layer (n, D)
-  reading   the uncontrolled stream at layer `read`, which the gate sees, and the policy: its e_1:t are these, of the moments at which
-            a code is asked for (there named e)        (n, D); (N, M, D)
+  e         e_t,l, which the rules steer               (n, D)
+  reading   uncontrolled stream at layer `read`, seen by gate and policy  (n, D)
+  e of a policy: the reading, at the moments at which a code is asked for  (N, M, D)
   z         the abstract action                        (N, M, n_z)
   logp      ln pi(z | e_1:t), summed over dimensions   (N, M)
   advantage A_tau = (R - mean R) / (std R + 1e-3)      (N,)
@@ -109,7 +109,8 @@ class InternalEnvironment:
     """Algorithms 1 and 2 for a batch: between two openings of the gate, base model and decoder play by themselves.
 
     `policy(e, memory) -> z, logp`, e being the reading, is asked only in the episodes whose gate is open; at the first step always. Everything it was
-    asked is kept in `asked`: (episode, position in that episode, e, z, logp). `gates` keeps beta of every raw step. `state` is how it begins; then it is the Player's.
+    asked is kept in `asked`: (episode, position in that episode, e, z, logp). `gates` keeps beta of every raw step. `state` is the first state; from
+    then on the Player keeps it.
     """
 
     def __init__(self, meta, policy, memory, n, T, device):

@@ -17,8 +17,8 @@ Bottom-up: 1. configuration and presets   2. checkpoints and logs   3. device   
 7. the command line
 
 How a resumed run can equal an uninterrupted one: nothing random depends on the past. Before step k of a stage, torch's random
-generator is seeded with (seed, stage, k), and NumPy's, which draws episodes, likewise before every chunk of steps, so a checkpoint needs model, optimiser and step, and no generator states. Bit for bit
-holds on the same CPU with the same number of threads; CUDA's own kernels are not all deterministic.
+generator is seeded with (seed, stage, k), and NumPy's, which draws episodes, likewise before every chunk of steps, so a checkpoint
+needs model, optimiser and step, and no generator states. Bit for bit holds on the same CPU with the same number of threads; CUDA's own kernels are not all deterministic.
 """
 import argparse
 import copy
@@ -194,7 +194,7 @@ ASSETS = Path(__file__).parent / "assets"  # <preset>/seed<k>/ holds the checkpo
 
 
 class Refused(Exception):
-    """The request can't be carried out as it stands: one sentence for the user, exit code 2; what is there stays as it is."""
+    """The request can't be carried out as it stands: one sentence for the user, exit code 2."""
 
 
 def check(cfg):
@@ -295,13 +295,13 @@ def use_shipped(run, name):
     if run.fresh or (run.folder / f"{name}.pt").exists() or not (shipped.folder / f"{name}.pt").exists():
         return
     saved = torch.load(shipped.folder / f"{name}.pt", map_location="cpu", weights_only=True)
-    if saved["parent"] and (walker := read_checkpoint(run, "walker")) and saved["parent"] != digest(walker["model"]):
+    walker = read_checkpoint(run, "walker")  # None on the grid, and before the walker itself is copied; nothing but walkers and bases is shipped
+    if difference(run, name, saved["fingerprint"]) is not None or saved["parent"] != (walker and digest(walker["model"])):
         return
-    if difference(run, name, saved["fingerprint"]) is None:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        for kind in ("jsonl", "pt"):  # the log first: a checkpoint without its log would never get one
-            write_atomically(run.folder / f"{name}.{kind}", (shipped.folder / f"{name}.{kind}").read_bytes())
-        print(f"{name}: taken from assets/, where it lies ready trained; --fresh trains it here")
+    run.folder.mkdir(parents=True, exist_ok=True)
+    for kind in ("jsonl", "pt"):  # the log first: a checkpoint without its log would never get one
+        write_atomically(run.folder / f"{name}.{kind}", (shipped.folder / f"{name}.{kind}").read_bytes())
+    print(f"{name}: taken from assets/, where it lies ready trained; --fresh trains it here")
 
 
 def finished(run, name):
@@ -905,8 +905,12 @@ def evaluate(run):
         raise Refused(f"nothing in {run.folder} has been trained to its end: there is nothing to evaluate")
     rates = {key: float(np.mean(success)) for key, (_, success) in rows.items()}
     of_task = f"success on the post-training task {'-'.join(map(str, world.post_task))}, {n} episodes ({20 * n} blind), sampled actions"
-    for heading, keys in ((of_task, [key for key in rows if key.endswith("_success")]), ("also measured", [key for key in rows if not key.endswith("_success")])):
-        print("\n".join([f"\n{heading}", *(f"  {rows[key][0]:62} {rates[key]:.4f}" for key in keys)] if keys else []))
+    successes = [key for key in rows if key.endswith("_success")]
+    for heading, keys in ((of_task, successes), ("also measured", [key for key in rows if key not in successes])):
+        if keys:
+            print(f"\n{heading}")
+        for key in keys:
+            print(f"  {rows[key][0]:62} {rates[key]:.4f}")
     write_atomically(run.folder / f"eval{kind}.json", json.dumps(rates).encode())
 
 
