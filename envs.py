@@ -691,17 +691,19 @@ def distances(world, things):
     """
     G, N = world.G, len(things)
     contents = contents_table(world, things)[:, None]  # (N, 1, C)
-    colour = np.arange(world.O)[None, :, None]  # (1, O, 1)
-    free = ((contents == -1) | (contents == colour)).reshape(N, world.O, G, G)
-    dist = np.where(contents == colour, 0, UNREACHABLE).astype(np.int16).reshape(N, world.O, G, G)
-    while True:  # each sweep relaxes every edge once; paths are short, so a few sweeps reach the fixed point
+    goal = contents == np.arange(world.O)[None, :, None]  # (N, O, C)
+    # Cells first, all (layout, colour) pairs side by side: each line of cells below is one contiguous sweep over memory.
+    by_cell = lambda x: np.ascontiguousarray(x.reshape(N * world.O, -1).T).reshape(G, G, N * world.O)  # (N, O, C) -> (G, G, N*O)
+    dist = by_cell(np.where(goal, 0, UNREACHABLE).astype(np.int16))
+    least = by_cell(np.where((contents != -1) & ~goal, UNREACHABLE, 0).astype(np.int16))  # a forbidden cell is never reached
+    while True:  # down, up, right, left, each line of cells from the one before it: a path with k bends needs about k/2 rounds
         before = dist.copy()
-        for to, frm in (((..., slice(1, None), slice(None)), (..., slice(None, -1), slice(None))),
-                        ((..., slice(None), slice(1, None)), (..., slice(None), slice(None, -1)))):
-            for here, there in ((to, frm), (frm, to)):
-                np.minimum(dist[here], dist[there] + 1, out=dist[here], where=free[here])
+        for here, there in (*zip(range(1, G), range(G)), *zip(range(G - 2, -1, -1), range(G - 1, 0, -1))):
+            for d, low in ((dist, least), (dist.transpose(1, 0, 2), least.transpose(1, 0, 2))):
+                np.minimum(d[here], d[there] + 1, out=d[here])
+                np.maximum(d[here], low[here], out=d[here])
         if (dist == before).all():
-            return dist.reshape(N, world.O, world.cells)
+            return dist.reshape(world.cells, N, world.O).transpose(1, 2, 0).copy()  # (C, N, O) -> (N, O, C)
 
 
 def expert_probs(world, contents, dist, agent, target, eps=0.0):
@@ -838,13 +840,13 @@ def generate(world, rng, n, eps=0., walk=None):
     eps: share of random actions, on the grid; walk: how the ant walks (see `ant_expert`).
     Raises ValueError if fewer than one in a thousand succeeds: such a world has no experts worth the name.
     """
-    parts, have, tried = [], 0, 0
+    parts, have, tried, tasks = [], 0, 0, world.tasks
     while have < n:
         m = min(max(256, int((n - have) * 1.1)), 8192 if walk is None else 1024)  # in portions, to bound the memory
         things, agent = sample_layouts(world, rng, m)
         dist, stuck = distances(world, things), np.zeros(m, bool)
         expert = grid_expert(world, dist, rng, eps, stuck) if walk is None else ant_expert(world, dist, rng, walk, stuck)
-        played, success = simulate(world, [world.tasks[i] for i in rng.integers(len(world.tasks), size=m)], things, agent, expert, rng)
+        played, success = simulate(world, [tasks[i] for i in rng.integers(len(tasks), size=m)], things, agent, expert, rng)
         keep = np.flatnonzero(success & ~stuck)  # a success by luck is dropped, too: it has no expert
         tried += m
         if tried >= 10_000 and have + len(keep) < tried / 1000:
