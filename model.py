@@ -2,14 +2,17 @@
 
 Bottom-up:
 
-  1. small parts     variance-scaled linear layers, the look-up embedding
-  2. attention       causal multi-head attention with a learned relative position bias (D.1.2)
-  3. Hawk            the RG-LRU recurrence and its block (D.1.1): the mixer of the internal RL policy, of f_emb and, with mixer="hawk", of a base
+  1. small parts     variance-scaled linear layers, likelihoods, heads, the look-up embedding
+  2. attention       causal, with a learned relative position bias (D.1.2)
+  3. Hawk            the RG-LRU recurrence and its block (D.1.1): mixer of the internal RL policy,
+                     of f_emb and, with mixer="hawk", of a base
   4. Block           pre-norm mixer + MLP, each added to the residual stream
-  5. SequenceModel   embed -> blocks -> heads; `lower(obs)` ends and `upper(e)` begins at the controlled layer l
+  5. SequenceModel   embed -> blocks -> heads; `lower(obs)` ends and `upper(e)` begins at layer l
+  6. the loss        Eq. 5
 
-Every sequence part runs in two ways that tests hold equal: a whole sequence at once (training), or one step at a time with a
-cache (acting). A cache is a plain dict of tensors whose first dimension is the batch, so a batch of caches can be indexed.
+Every sequence part runs in two ways that tests hold equal: a whole sequence at once (training), or
+one step at a time with a cache (acting). A cache is a plain dict of tensors whose first dimension
+is the batch, so that a batch of caches can be indexed.
 
 Paper sections: C.1.2 (loss), D.1 (architecture), Tables A4, A15, A16.
 
@@ -26,12 +29,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from envs import rotation
-
-# ------------------------------------------------------------------------------------------------ 1. small parts
+# -------------------------------------------------------------------------------- 1. small parts
 
 def linear(inputs, outputs, scale=0.1):
-    """nn.Linear with weights from N(0, scale / inputs), cut at 2 sigma, and zero bias (Tables A15, A16: variance scaling 0.1)."""
+    """nn.Linear with weights from N(0, scale / inputs), cut at 2 sigma, and zero bias (Tables
+    A15, A16: variance scaling 0.1)."""
     layer = nn.Linear(inputs, outputs)
     std = math.sqrt(scale / inputs)
     nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
@@ -40,35 +42,34 @@ def linear(inputs, outputs, scale=0.1):
 
 
 def mlp(width, hidden, outputs=None, scale=0.1):
-    """One hidden ReLU layer: the channel mixer of Tables A15, A16, and every small network of D.2."""
-    return nn.Sequential(linear(width, hidden, scale), nn.ReLU(), linear(hidden, outputs or width, scale))
+    """One hidden ReLU layer: the MLP of Tables A15, A16, and every small network of D.2."""
+    first = linear(width, hidden, scale)
+    return nn.Sequential(first, nn.ReLU(), linear(hidden, outputs or width, scale))
 
 
-def symlog(x):
-    """envs.symlog, of tensors."""
-    return x.sign() * x.abs().log1p()
-
-
-def symexp(x):
-    """envs.symexp, of tensors."""
-    return x.sign() * x.abs().expm1()
+def masked_mean(x, mask):
+    """The mean of x (B, T) over the steps where mask (B, T) is true."""
+    return (x * mask).sum() / mask.sum()
 
 
 def gaussian_logp(x, mean, log_std):
     """ln N(x; mean, diag std^2), summed over dimensions: each (..., n) -> (...)."""
-    return (-.5 * ((x - mean) / log_std.exp()) ** 2 - log_std - .5 * math.log(2 * math.pi)).sum(-1)
+    scaled = (x - mean) / log_std.exp()
+    return (-.5 * scaled ** 2 - log_std - .5 * math.log(2 * math.pi)).sum(-1)
 
 
 class GaussianHead(nn.Module):
-    """A Gaussian with learned diagonal covariance (C.1.2), for the continuous actions and observations of a body.
+    """A Gaussian with learned diagonal covariance (C.1.2), for a body's actions and senses.
 
-    x (..., D) -> (..., 2 n): mean, then log std, which is one learned vector, the same at every step. NOT in paper, which is silent: it starts
-    at -1.5 (the walker's own ends at ln .2 = -1.6); from 0 it takes hundreds of steps of Adam to come down.
+    x (..., D) -> (..., 2 n): mean, then log std, one learned vector, the same at every step.
+    NOT in paper, which is silent: it starts at -1.5; from 0 it takes hundreds of steps to come
+    down.
     """
 
     def __init__(self, width, n):
         super().__init__()
-        self.mean, self.log_std = linear(width, n), nn.Parameter(torch.full((n,), -1.5))
+        self.mean = linear(width, n)
+        self.log_std = nn.Parameter(torch.full((n,), -1.5))
 
     def forward(self, x):
         mean = self.mean(x)
@@ -76,77 +77,68 @@ class GaussianHead(nn.Module):
 
 
 class ObsEmbedding(nn.Module):
-    """One-hot observation (A.1.1) times a matrix, as a look-up and a sum: K rows instead of C * K columns.
+    """One-hot observation (A.1.1) times a matrix, as a look-up and a sum: K rows, not C * K.
 
-    `forward(obs)` equals `one_hot(obs) @ weight_matrix()` (a test holds them equal). The bias is that of a linear layer.
-
-    relative=True embeds, instead of the cell of every thing, the displacement of every thing from the agent: a table of K-1 things x (2G-1)^2
-    displacements, as the ant's observation (A.2.1) gives colours and walls relative to the ant. NOT in paper for the grid. It tells
-    nothing that the observation does not hold (and leaves out where the grid ends), but "colour k is two cells to my left" and "I stand on colour k"
-    are ANDs of two one-hots for each of the C cells, which a network trained for minutes does not learn (README).
+    relative=False: one row for every thing and cell, as in the paper.
+    relative=True: one row for every thing and displacement from the agent, (K-1) x (2G-1)^2 of
+    them. NOT in paper for the grid: the ant's observation (A.2.1) gives things relative to the
+    ant. It tells nothing that the observation does not hold (and leaves out where the grid ends).
+    But "colour k is two cells to my left" is an AND of two one-hots for each of the C cells,
+    which a network trained for minutes does not learn.
     """
 
-    def __init__(self, cells, things, width, relative=False):
+    def __init__(self, G, things, width, relative=False):
         super().__init__()
-        self.G, self.relative = math.isqrt(cells), relative
-        self.kinds, self.rows = (things - 1, (2 * self.G - 1) ** 2) if relative else (things, cells)
-        # NOT in paper: scale 1 instead of 0.1 here. The K ones of an observation are a fixed, tiny share of its entries, so
-        # 0.1 / (C * K) would start the stream near zero.  N(0, 1/K) gives e_0 unit variance.
+        self.G, self.relative = G, relative
+        self.kinds = things - 1 if relative else things
+        self.rows = (2 * G - 1) ** 2 if relative else G * G
+        # NOT in paper: scale 1 instead of 0.1. The K ones of an observation are a fixed, tiny
+        # share of its entries, so 0.1 / (C * K) would start the stream near zero. N(0, 1/K)
+        # gives e_0 unit variance.
         self.bag = nn.EmbeddingBag(self.kinds * self.rows, width, mode="sum")
         nn.init.normal_(self.bag.weight, std=things ** -.5)
         self.bias = nn.Parameter(torch.zeros(width))
         self.register_buffer("offset", torch.arange(self.kinds) * self.rows, persistent=False)
 
     def forward(self, obs):
+        """obs (B, T, K) int64 -> e_0 (B, T, D)."""
         B, T, _ = obs.shape
         if self.relative:
             row, column = obs // self.G, obs % self.G
-            dy, dx = row[..., :-1] - row[..., -1:], column[..., :-1] - column[..., -1:]  # (B, T, K-1), each in -(G-1) .. G-1
+            dy = row[..., :-1] - row[..., -1:]  # (B, T, K-1), each in -(G-1) .. G-1
+            dx = column[..., :-1] - column[..., -1:]
             obs = (dy + self.G - 1) * (2 * self.G - 1) + dx + self.G - 1
-        rows = (obs + self.offset).reshape(B * T, self.kinds)  # absolute: thing k in cell c -> row k * C + c of the table
+        rows = (obs + self.offset).reshape(B * T, self.kinds)  # thing k, place c -> row k*rows + c
         return self.bag(rows).view(B, T, -1) + self.bias  # (B*T, D) -> (B, T, D)
 
-    def weight_matrix(self):
-        """(C * K, D) in the order of `envs.one_hot`: cell-major for colours and walls, then the agent's cells. Not for relative=True."""
-        K, D = len(self.offset), self.bag.weight.shape[1]
-        table = self.bag.weight.view(K, -1, D)  # (K, C, D)
-        return torch.cat([table[:-1].transpose(0, 1).reshape(-1, D), table[-1]])  # (C*(K-1), D), (C, D)
+
+class GridParts:
+    """The ends of a SequenceModel that belong to its world; each makes one module, in the order
+    embedding, action_head, obs_head. ant.AntParts are those of the ant."""
+
+    def __init__(self, world, relative):
+        self.world, self.relative = world, relative
+
+    def embedding(self, width):
+        return ObsEmbedding(self.world.G, self.world.things, width, self.relative)
+
+    def action_head(self, width):
+        return linear(width, 4)
+
+    def obs_head(self, width):
+        return linear(width, self.world.things * self.world.cells)
 
 
-class BodyEmbedding(nn.Module):
-    """A body's observation (B, T, F), see envs.AntPinpad, -> (B, T, D): a matrix times it, and times what it implies.
-
-    NOT in paper, where a linear layer is all. Added here, computed from the observation: how many cells away every thing lies (a look-up, as in
-    ObsEmbedding with relative=True); and seen from the torso, as a walker feels it: the axes of the board, the velocity, the place in the cell. Nothing of
-    it is new information. But torques depend on products of a direction on the board with the torso's orientation. What it buys: README.
-    """
-
-    def __init__(self, sensors, cells, things, width):
-        super().__init__()
-        self.G, self.kinds = math.isqrt(cells), things - 1
-        self.linear = linear(sensors + 15, width, 1.)
-        self.bag = nn.EmbeddingBag(self.kinds * (2 * self.G - 1) ** 2, width, mode="sum")
-        nn.init.normal_(self.bag.weight, std=things ** -.5)
-
-    def forward(self, obs):
-        B, T, _ = obs.shape
-        R = torch.stack(rotation(*symexp(obs[..., 1:5]).unbind(-1)), dim=-1)  # (B, T, 9)
-        own = lambda v: torch.einsum("btij,bti->btj", R.view(B, T, 3, 3)[:, :, :v.shape[-1]], v)  # R^T v: board (B, T, 2 or 3) -> torso (B, T, 3)
-        x = self.linear(torch.cat([obs, R, symlog(own(symexp(obs[..., 13:16]))), own(obs[..., -2:])], dim=-1))
-        away = obs[..., 29:-2].view(B, T, self.kinds, 2) * self.G + obs[..., None, -2:]  # in half cells: to k's cell, from the torso and its own cell
-        away = (away / 2).round().long().clamp(1 - self.G, self.G - 1) + self.G - 1  # (B, T, K-1, 2): x, y in whole cells
-        rows = (torch.arange(self.kinds, device=obs.device) * (2 * self.G - 1) + away[..., 1]) * (2 * self.G - 1) + away[..., 0]  # (B, T, K-1)
-        return x + self.bag(rows.view(B * T, self.kinds)).view(B, T, -1)  # (B*T, D) -> (B, T, D)
-
-
-# ------------------------------------------------------------------------------------------------ 2. attention (D.1.2)
+# -------------------------------------------------------------------------------- 2. attention (D.1.2)
 
 def relative_buckets(T, buckets):
-    """(T, T) int64: bucket of the distance i - j >= 0. The first half exactly, then logarithmic up to 128 (the T5 scheme; the
-    paper names 32 buckets and no formula). Distances into the future share bucket 0; the causal mask removes them."""
+    """(T, T) int64: bucket of the distance i - j >= 0, the first half exactly, then logarithmic
+    up to 128 (the T5 scheme; the paper names 32 buckets and no formula). Distances into the
+    future share bucket 0; the causal mask removes them."""
     distance = (torch.arange(T)[:, None] - torch.arange(T)[None, :]).clamp(min=0)
     exact = buckets // 2
-    far = exact + (torch.log(distance.clamp(min=1) / exact) / math.log(128 / exact) * (buckets - exact)).long()
+    octaves = torch.log(distance.clamp(min=1) / exact) / math.log(128 / exact)
+    far = exact + (octaves * (buckets - exact)).long()
     return torch.where(distance < exact, distance, far.clamp(max=buckets - 1))
 
 
@@ -158,7 +150,7 @@ class RelativeBias(nn.Module):
         self.table = nn.Parameter(torch.zeros(buckets, heads))
 
     def forward(self, T, device):
-        """(H, T, T) additive bias, -inf above the diagonal: relative position and causality in one tensor."""
+        """(H, T, T) additive bias, -inf above the diagonal: position and causality in one."""
         buckets = relative_buckets(T, len(self.table)).to(device)
         bias = self.table[buckets].permute(2, 0, 1)  # (T, T, H) -> (H, T, T)
         future = torch.ones(T, T, dtype=torch.bool, device=device).triu(1)
@@ -174,45 +166,43 @@ class Attention(nn.Module):
         self.qkv, self.out = linear(width, 3 * width), linear(width, width)
 
     def forward(self, x, bias, cache=None):
-        """x (B, T, D), bias (H, T, S) -> (B, T, D). With a cache: T = 1, and S steps seen so far, this one included."""
+        """x (B, T, D), bias (H, T, S) -> (B, T, D). With a cache: T = 1, and S steps seen so far,
+        this one included."""
         B, T, D = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # each (B, H, T, D/H)
+        each = D // self.heads
+        qkv = self.qkv(x).view(B, T, 3, self.heads, each)  # (B, T, 3 D) -> (B, T, 3, H, D/H)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D/H)
         if cache is not None:
-            # Written in place into a buffer of the horizon's length: concatenating would copy the whole past at every step.
+            # Written in place into a buffer of the horizon's length: concatenating would copy
+            # the whole past at every step.
             t = bias.shape[-1] - 1
             cache["k"][:, :, t], cache["v"][:, :, t] = k[:, :, 0], v[:, :, 0]
             k, v = cache["k"][:, :, :t + 1], cache["v"][:, :, :t + 1]
-        # Written out rather than F.scaled_dot_product_attention: with a learned bias that takes the same unfused path on CPU.
-        scores = q @ k.transpose(-1, -2) / math.sqrt(D // self.heads) + bias.to(q.dtype)  # (B, H, T, S)
+        # Written out rather than F.scaled_dot_product_attention: with a learned bias that takes
+        # the same unfused path on CPU. Costs T^2 per head.
+        scores = q @ k.transpose(-1, -2) / math.sqrt(each) + bias.to(q.dtype)  # (B, H, T, S)
         y = scores.softmax(dim=-1) @ v  # (B, H, T, D/H)
-        return self.out(y.transpose(1, 2).reshape(B, T, D))
+        return self.out(y.transpose(1, 2).reshape(B, T, D))  # (B, T, H, D/H) -> (B, T, D)
 
     def init_cache(self, B, T, like):
-        """Room for the keys and values of B sequences of at most T steps, of `like`'s dtype and device."""
+        """Room for the keys and values of B sequences of at most T steps, as `like` is typed."""
         shape = (B, self.heads, T, self.out.in_features // self.heads)
         return {"k": like.new_zeros(shape), "v": like.new_zeros(shape)}
 
 
-# ------------------------------------------------------------------------------------------------ 3. Hawk (D.1.1)
-
-def scan_loop(a, b, h0):
-    """Reference: h_t = a_t * h_t-1 + b_t, one step after the other. a, b (B, T, W), h0 (B, W) -> (B, T, W)."""
-    h, states = h0, []
-    for a_t, b_t in zip(a.unbind(1), b.unbind(1)):
-        h = a_t * h + b_t
-        states.append(h)
-    return torch.stack(states, dim=1)
-
+# -------------------------------------------------------------------------------- 3. Hawk (D.1.1)
 
 def scan(a, b, h0):
-    """The same by doubling: log2(T) rounds of shift, multiply, add. Exact, no overflow, plain autograd.
+    """h_t = a_t * h_t-1 + b_t: a, b (B, T, W), h0 (B, W) -> h (B, T, W), by doubling: log2(T)
+    rounds of shift, multiply, add. Exact, no overflow, plain autograd.
 
     After round k, (a, b)[t] composes the 2^k steps that end at t: h_t = a * h_(t-2^k) + b.
     """
-    b = torch.cat([(a[:, :1] * h0[:, None] + b[:, :1]), b[:, 1:]], dim=1)  # put h0 into the first step
+    b = torch.cat([a[:, :1] * h0[:, None] + b[:, :1], b[:, 1:]], dim=1)  # h0 into the first step
     shift = 1
     while shift < a.shape[1]:
-        before_a = F.pad(a[:, :-shift], (0, 0, shift, 0), value=1.)  # steps before the first compose to the identity (1, 0)
+        # Steps before the first compose to the identity (1, 0).
+        before_a = F.pad(a[:, :-shift], (0, 0, shift, 0), value=1.)
         before_b = F.pad(b[:, :-shift], (0, 0, shift, 0))
         a, b = a * before_a, a * before_b + b
         shift *= 2
@@ -220,9 +210,11 @@ def scan(a, b, h0):
 
 
 class Recurrence(torch.autograd.Function):
-    """The same, one step after the other, with the backward pass written out: on CPU 4 to 14 times as fast as `scan` (T = 32 to 250), which is for GPUs.
+    """The same, one step after the other, with the backward pass written out: on CPU 4 to 14
+    times as fast as `scan` (T = 32 to 250), which is for GPUs.
 
-    Backwards it is the same recurrence in reversed time: what h_t is worth, g_t = dL/dh_t + a_t+1 g_t+1, gives dL/da_t = g_t h_t-1, dL/db_t = g_t.
+    Backwards it is the same recurrence in reversed time: what h_t is worth,
+    g_t = dL/dh_t + a_t+1 g_t+1, gives dL/da_t = g_t h_t-1 and dL/db_t = g_t.
     """
 
     @staticmethod
@@ -244,7 +236,8 @@ class Recurrence(torch.autograd.Function):
 
 
 class BoundedSqrt(torch.autograd.Function):
-    """sqrt whose gradient 1 / (2 sqrt(x)) is cut at 1000: sqrt(1 - a^2) has an infinite slope where the decay a reaches 1."""
+    """sqrt whose gradient 1 / (2 sqrt(x)) is cut at 1000: sqrt(1 - a^2) has an infinite slope
+    where the decay a reaches 1."""
 
     @staticmethod
     def forward(ctx, x):
@@ -258,46 +251,55 @@ class BoundedSqrt(torch.autograd.Function):
 
 
 class RGLRU(nn.Module):
-    """Real-gated linear recurrent unit of Hawk (De et al. 2024, the reference [22] of D.1.1). State in float32.
+    """Real-gated linear recurrent unit of Hawk (De et al. 2024, the reference [22] of D.1.1).
+    State in float32.
 
     r_t = sigmoid(W_r x_t), i_t = sigmoid(W_i x_t)   (block-diagonal, one block per head)
     log a_t = -8 softplus(Lambda) r_t,   h_t = a_t h_t-1 + sqrt(1 - a_t^2) i_t x_t
+    NOT in paper: variance scale 1 for both gates, where Table A15 has .1.
     """
 
     def __init__(self, width, heads):
         super().__init__()
-        self.heads, block = heads, width // heads
+        self.heads = heads
+        block = width // heads
         self.w = nn.Parameter(torch.randn(2, heads, block, block) * math.sqrt(1 / block))
         self.b = nn.Parameter(torch.zeros(2, heads, 1, block))
-        decay = torch.empty(width).uniform_(.9, .999)  # a at r = 1, where each channel forgets fastest
+        decay = torch.empty(width).uniform_(.9, .999)  # a at r = 1: each channel's fastest
         self.log_lambda = nn.Parameter(torch.log(torch.expm1(-decay.log() / 8)))  # softplus^-1
 
     def forward(self, x, h0):
         """x (B, T, W), h0 (B, W) float32 -> h (B, T, W) float32."""
         B, T, W = x.shape
         x = x.float()
-        blocks = x.view(B, T, self.heads, -1)
-        r, i = (torch.einsum("bthi,hij->bthj", blocks, w) + b.squeeze(1) for w, b in zip(self.w, self.b))  # (B, T, H, W/H)
+        blocks = x.view(B, T, self.heads, -1)  # (B, T, W) -> (B, T, H, W/H)
+        r, i = (torch.einsum("bthi,hij->bthj", blocks, w) + b.squeeze(1)  # (B, T, H, W/H)
+                for w, b in zip(self.w, self.b))
         log_a = -8 * F.softplus(self.log_lambda) * torch.sigmoid(r).reshape(B, T, W)
-        gain = BoundedSqrt.apply(-torch.expm1(2 * log_a))  # sqrt(1 - a^2), exact also where a is near 1
+        gain = BoundedSqrt.apply(-torch.expm1(2 * log_a))  # sqrt(1 - a^2), exact also near a = 1
         b = gain * torch.sigmoid(i).reshape(B, T, W) * x
-        return (scan if x.is_cuda else Recurrence.apply)(log_a.exp(), b, h0)
+        recurrence = scan if x.is_cuda else Recurrence.apply
+        return recurrence(log_a.exp(), b, h0)
 
 
 class Hawk(nn.Module):
-    """Hawk's mixer: a gated branch times a branch of short causal convolution (4 taps) and RG-LRU. `bias` is not used."""
+    """Hawk's mixer: a gated branch times a branch of short causal convolution (4 taps) and RG-LRU.
+    `bias` is not used."""
 
     def __init__(self, width, heads):
         super().__init__()
-        self.branch, self.gate, self.out = linear(width, width), linear(width, width), linear(width, width)
+        self.branch = linear(width, width)
+        self.gate = linear(width, width)
+        self.out = linear(width, width)
         self.taps = nn.Parameter(torch.randn(4, width) * .1)
         self.tap_bias = nn.Parameter(torch.zeros(width))
         self.lru = RGLRU(width, heads)
 
     def forward(self, x, bias=None, cache=None):
-        """x (B, T, D) -> (B, T, D). With a cache T may be anything; the state after the last step is left in it."""
+        """x (B, T, D) -> (B, T, D). With a cache T may be anything; the state after the last step
+        is left in it."""
         state = cache if cache is not None else self.init_cache(len(x), 0, x)
-        u = torch.cat([state["tail"], self.branch(x)], dim=1)  # (B, 3 + T, D): the last three inputs, then these
+        u = torch.cat([state["tail"], self.branch(x)], dim=1)  # (B, 3 + T, D): 3 before, these
         T = x.shape[1]
         convolved = sum(u[:, k:k + T] * self.taps[k] for k in range(4)) + self.tap_bias
         h = self.lru(convolved, state["h"])
@@ -306,19 +308,22 @@ class Hawk(nn.Module):
         return self.out(h.to(x.dtype) * F.gelu(self.gate(x)))
 
     def init_cache(self, B, T, like):
-        """The convolution's last three inputs and the state of the RG-LRU, for B sequences, whatever their length."""
+        """The convolution's last three inputs and the state of the RG-LRU, for B sequences."""
         D = self.out.in_features
         return {"tail": like.new_zeros(B, 3, D), "h": torch.zeros(B, D, device=like.device)}
 
 
-# ------------------------------------------------------------------------------------------------ 4. block
+# -------------------------------------------------------------------------------- 4. block
 
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)): the pre-norm layer of D.1.1 and D.1.2."""
 
     def __init__(self, mixer, width, hidden):
         super().__init__()
-        self.norm1, self.mixer, self.norm2, self.mlp = nn.LayerNorm(width), mixer, nn.LayerNorm(width), mlp(width, hidden)
+        self.norm1 = nn.LayerNorm(width)
+        self.mixer = mixer
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = mlp(width, hidden)
 
     def forward(self, x, bias=None, cache=None):
         x = x + self.mixer(self.norm1(x), bias, cache)
@@ -328,58 +333,64 @@ class Block(nn.Module):
 MIXERS = {"attention": Attention, "hawk": Hawk}
 
 
-# ------------------------------------------------------------------------------------------------ 5. sequence model
+# -------------------------------------------------------------------------------- 5. sequence model
 
 class SequenceModel(nn.Module):
-    """f_theta of the paper. `layer` is l: blocks 1..l are `lower`, blocks l+1..L are `upper`; l = 0 controls the embedding.
+    """f_theta of the paper. `layer` is l: blocks 1..l are `lower`, l+1..L are `upper`.
 
-    cells, things: sizes of the observation (C, K). sensors: 0, or the length F of a body's observation, which is then a vector of floats, embedded
-    by a linear layer (relative: a BodyEmbedding), and the action a vector of `actions` floats. actions: A. The observation head exists only if lam > 0.
-    read >= layer: where the metacontroller and the policy read; NOT in paper, where they read the layer that they write (the default).
+    parts: makes embedding and heads (GridParts, ant.AntParts). The observation head exists only if
+    lam > 0. read >= layer: where metacontroller and policy read; NOT in paper, where they read the
+    layer that they write (the default).
     """
 
-    def __init__(self, cells, things, width, layers, heads, hidden, buckets, layer, lam=0., mixer="attention", actions=4,
-                 relative=False, read=None, sensors=0):
+    def __init__(self, parts, width, layers, heads, hidden, buckets, layer, lam=0.,
+                 mixer="attention", read=None):
         super().__init__()
-        self.cells, self.layer, self.lam, self.continuous = cells, layer, lam, sensors > 0
+        self.layer, self.lam = layer, lam
         self.read = layer if read is None else read
-        # NOT in paper: scale 1 instead of 0.1 for the sensors, too, so that e_0 has about unit variance.
-        self.embed = (ObsEmbedding(cells, things, width, relative) if not sensors else BodyEmbedding(sensors, cells, things, width) if relative
-                      else linear(sensors, width, 1.))
+        self.embed = parts.embedding(width)
         self.bias = RelativeBias(buckets, heads) if mixer == "attention" else None
-        self.blocks = nn.ModuleList(Block(MIXERS[mixer](width, heads), width, hidden) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(MIXERS[mixer](width, heads), width, hidden)
+                                    for _ in range(layers))
         self.norm = nn.LayerNorm(width)
-        head, seen = (GaussianHead, sensors) if sensors else (linear, things * cells)
-        self.action_head = head(width, actions)
-        self.obs_head = head(width, seen) if lam > 0 else None
+        self.action_head = parts.action_head(width)
+        self.obs_head = parts.obs_head(width) if lam > 0 else None
+        self.continuous = isinstance(self.action_head, GaussianHead)
 
-    def _run(self, blocks, x, caches, t):
-        # The bias of a whole sequence, or its row t for one cached step.
+    def _run(self, first, last, x, caches, t):
+        """Blocks first+1 .. last on x (B, T, D); with `caches`, one for each of these blocks,
+        step t alone."""
         if self.bias is None:
             bias = None
         elif caches is None:
-            bias = self.bias(x.shape[1], x.device)
+            bias = self.bias(x.shape[1], x.device)  # of a whole sequence
         else:
-            bias = self.bias(t + 1, x.device)[:, t:]  # (H, 1, t+1)
-        for i, block in enumerate(blocks):
+            bias = self.bias(t + 1, x.device)[:, t:]  # (H, 1, t+1): its row t
+        for i, block in enumerate(self.blocks[first:last]):
             x = block(x, bias, None if caches is None else caches[i])
         return x
 
     def lower(self, obs, caches=None, t=None):
-        """o_1:T -> e_1:T,l. obs (B, T, K) int64, or (B, T, F) float of a body -> (B, T, D). With caches (from `init_cache`): step t alone, T = 1."""
-        return self._run(self.blocks[:self.layer], self.embed(obs), None if caches is None else caches[:self.layer], t)
+        """o_1:T -> e_1:T,l. obs (B, T, K) int64, or (B, T, F) float of a body -> (B, T, D). With
+        caches (from `init_cache`): step t alone, T = 1."""
+        caches = None if caches is None else caches[:self.layer]
+        return self._run(0, self.layer, self.embed(obs), caches, t)
 
     def reading(self, e, caches=None, t=None):
-        """The UNCONTROLLED stream at layer `read`, from e_1:T,l: (B, T, D) -> (B, T, D). It needs caches of its own, since the upper
-        blocks' caches hold the controlled past. With read = layer it is e itself."""
-        return self._run(self.blocks[self.layer:self.read], e, None if caches is None else caches[self.layer:self.read], t)
+        """The UNCONTROLLED stream at layer `read`, from e_1:T,l: (B, T, D) -> (B, T, D). With
+        read = layer it is e itself. It needs caches of its own, one for each block from layer to
+        read: the upper blocks' hold the controlled past."""
+        return self._run(self.layer, self.read, e, caches, t)
 
     def upper(self, e, caches=None, t=None):
-        """e_1:T,l, controlled or not -> final residual stream, normalised, (B, T, D); apply `action_head` / `obs_head` to it."""
-        return self.norm(self._run(self.blocks[self.layer:], e, None if caches is None else caches[self.layer:], t))
+        """e_1:T,l, controlled or not -> final residual stream, normalised, (B, T, D), which is
+        what `action_head` and `obs_head` take."""
+        caches = None if caches is None else caches[self.layer:]
+        return self.norm(self._run(self.layer, len(self.blocks), e, caches, t))
 
     def action_logits(self, e, caches=None, t=None):
-        """e (B, T, D) -> what describes p(a_t | o_1:t): logits (B, T, A), or mean and log std of a continuous action (B, T, 2 A)."""
+        """e (B, T, D) -> what describes p(a_t | o_1:t): logits (B, T, A), or mean and log std of
+        a continuous action (B, T, 2 A)."""
         return self.action_head(self.upper(e, caches, t))
 
     def init_cache(self, B, T, device):
@@ -388,27 +399,30 @@ class SequenceModel(nn.Module):
         return [block.mixer.init_cache(B, T, like) for block in self.blocks]
 
 
-def obs_nll(logits, next_obs, cells):
-    """-ln p(o_t+1 | o_1:t), nats: a Gaussian for a body's sensors; for the grid, NOT in paper, "categorical" is read as one categorical over cells
-    per thing, summed.
+# -------------------------------------------------------------------------------- 6. the loss
 
-    logits (B, T, K * C), next_obs (B, T, K) -> (B, T); for a body (B, T, 2 F), (B, T, F)."""
+def obs_nll(logits, next_obs):
+    """-ln p(o_t+1 | o_1:t), nats: logits (B, T, K * C), next_obs (B, T, K) -> (B, T); of a body,
+    a Gaussian, (B, T, 2 F), (B, T, F) -> (B, T).
+
+    NOT in paper: its "categorical" is read as one categorical over cells per thing, summed.
+    """
     if next_obs.is_floating_point():
         return -gaussian_logp(next_obs, *logits.float().chunk(2, dim=-1))
-    B, T, K = next_obs.shape
-    log_p = logits.view(B, T, K, cells).log_softmax(-1)  # (B, T, K, C)
+    log_p = logits.view(*next_obs.shape, -1).log_softmax(-1)  # (B, T, K*C) -> (B, T, K, C)
     return -log_p.gather(-1, next_obs[..., None])[..., 0].sum(-1)
 
 
 def action_nll(logits, action):
-    """-ln p(a_t), nats: logits as from `SequenceModel.action_logits`, action (B, T) int64, or (B, T, A) float for a body -> (B, T)."""
+    """-ln p(a_t), nats: logits as from `SequenceModel.action_logits`, action (B, T) int64, or
+    (B, T, A) float of a body -> (B, T)."""
     if action.is_floating_point():
         return -gaussian_logp(action, *logits.float().chunk(2, dim=-1))
     return F.cross_entropy(logits.transpose(1, 2), action, reduction="none")  # wants (B, A, T)
 
 
 def sample_action(logits, continuous):
-    """a ~ p(a_t | o_1:t): logits (n, A), or (n, 2 A) of a continuous action -> (n,) int64 or (n, A) float."""
+    """a ~ p(a_t | o_1:t): logits (n, A) -> (n,) int64; continuous: (n, 2 A) -> (n, A) float."""
     if not continuous:
         return torch.multinomial(logits.softmax(-1), 1)[:, 0]
     mean, log_std = logits.chunk(2, dim=-1)
@@ -418,11 +432,12 @@ def sample_action(logits, continuous):
 def pretraining_loss(model, obs, action, mask):
     """Eq. 5, averaged over the steps that exist: -ln p(a_t) - lam ln p(o_t+1).
 
-    obs (B, T+1, K or F), action (B, T) or (B, T, A), mask (B, T). Returns (loss, action NLL), scalars in nats per step.
+    obs (B, T+1, K or F), action (B, T) or (B, T, A), mask (B, T). Returns (loss, action NLL),
+    scalars in nats per step.
     """
     x = model.upper(model.lower(obs[:, :-1]))
-    nll = (action_nll(model.action_head(x), action) * mask).sum() / mask.sum()
+    nll = masked_mean(action_nll(model.action_head(x), action), mask)
     if model.lam == 0:
         return nll, nll
-    seen = (obs_nll(model.obs_head(x), obs[:, 1:], model.cells) * mask).sum() / mask.sum()
+    seen = masked_mean(obs_nll(model.obs_head(x), obs[:, 1:]), mask)
     return nll + model.lam * seen, nll

@@ -1,0 +1,197 @@
+"""What is measured about a trained model. Nothing here trains a model; train.py prints and logs it.
+
+  1. the gate         scores against true switches, what the KL pays, openings at arrivals
+  2. true subgoals    controllers of the TRUE subgoals (C.3): their loss and their success
+  3. codes            where a held code leads: code identity, code transplant (B.3.2)
+
+Paper sections: C.3, C.6 (switches counted at beta > .5), B.3.2; Fig. 6.
+Glossary: as in envs.py (worlds), metacontroller.py (beta, z) and internal_rl.py (steer, reading).
+"""
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from envs import sample_layouts
+from internal_rl import play
+from metacontroller import BETA_THRESHOLD
+from model import action_nll, masked_mean
+
+# ------------------------------------------------------------------------------------ 1. the gate
+
+def gate_scores(beta, true, mask):
+    """How well the gate finds the subgoal changes. beta (B, T) in [0, 1]; true, mask (B, T) bool,
+    `true` as Trajectories.switches. A dict of numbers.
+
+    A switch is beta > 0.5 at t > 0. precision, recall, f1 ask for the same step; f1_1 and f1_5
+    count a switch and a true switch as matching if they are at most one, or five, steps apart.
+    undecided: share of gates in (.1, .9).
+    """
+    mask = mask.clone()
+    mask[:, 0] = False
+    found, true = (beta > BETA_THRESHOLD) & mask, true & mask
+
+    def near(x, k):  # (B, T): at most k steps from a switch
+        return F.max_pool1d(x[:, None].float(), 2 * k + 1, stride=1, padding=k)[:, 0] > 0
+
+    def share(hits, of):
+        return (hits.sum() / of.sum().clamp(min=1)).item()
+
+    def f1(precision, recall):
+        return 2 * precision * recall / max(precision + recall, 1e-9)
+
+    precision, recall = share(found & true, found), share(found & true, true)
+    scores = {"switches": found.sum().item() / len(mask),
+              "true_switches": true.sum().item() / len(mask),
+              "precision": precision, "recall": recall, "f1": f1(precision, recall)}
+    for k in (1, 5):
+        matched = share(found & near(true, k), found), share(true & near(found, k), true)
+        scores[f"f1_{k}"] = f1(*matched)
+    scores["undecided"] = share((beta > .1) & (beta < .9) & mask, mask)
+    return scores
+
+
+def kl_by_gate(kl_steps, beta, mask):
+    """KL per step, nats, where the gate is open and where it is shut: kl_steps, beta, mask (B, T).
+    The difference is why a gate becomes sparse (see metacontroller.discovery_loss)."""
+    opens = (beta > BETA_THRESHOLD) & mask
+    shut = (beta <= BETA_THRESHOLD) & mask
+    return {"kl_open": (kl_steps * opens).sum().item() / max(opens.sum().item(), 1),
+            "kl_shut": (kl_steps * shut).sum().item() / max(shut.sum().item(), 1)}
+
+
+def opened_at_arrivals(world, data, gates):
+    """Did the gate open where a subgoal was reached? Two arrays of bool, an entry for each such
+    arrival: straight from another colour's cell, and from an empty one. NOT in paper.
+
+    The first are the hard ones: what stood on a colour a step ago stands on a colour now. F1 on
+    demonstrations cannot show it if the transitions of the post-training task are in none.
+    data: Trajectories of N episodes; gates (N, T), beta.
+    """
+    n, t = np.nonzero(data.switches())
+    before = data.agent[n, t - 1, None]  # (arrivals, 1) the cell one step earlier
+    on_colour = (data.things[n, :world.O] == before).any(1)
+    opened = gates.cpu().numpy()[n, t] > BETA_THRESHOLD
+    return opened[on_colour], opened[~on_colour]
+
+
+# -------------------------------------------------------------------------- 2. true subgoals (C.3)
+
+def control_loss(base, decoder, obs, action, subgoal, mask):
+    """C.3: action NLL (nats per step) when z_t is the one-hot of the true subgoal and the gate is
+    always open.
+
+    obs (B, T, K), action, subgoal, mask (B, T). With a frozen base it trains the decoder alone.
+    """
+    with torch.no_grad():
+        e = base.lower(obs)
+    z = F.one_hot(subgoal, decoder.n_z).to(e.dtype)  # (B, T, subgoals)
+    return masked_mean(action_nll(base.action_logits(decoder(e, z)), action), mask)
+
+
+def steer_by_subgoal(decoder):
+    """A `steer`: the controller of the true subgoal, switched at the right moments. A finished
+    episode gets controller 0, unused."""
+    def steer(e, reading, state, worlds, rows):
+        subgoal = torch.from_numpy(worlds.subgoal()[rows].clip(0)).to(e.device)
+        return decoder(e, F.one_hot(subgoal, decoder.n_z).to(e.dtype))
+    return steer
+
+
+def control_success(base, decoder, world, rng, n):
+    """Share of n episodes of the post-training task solved with true-subgoal controllers."""
+    _, success, _ = play(base, world, [world.post_task] * n, rng, steer_by_subgoal(decoder))
+    return success.mean().item()
+
+
+# --------------------------------------------------------------------------------------- 3. codes
+
+def steer_by_code(decoder):
+    """A `steer`: hold the code in state["z"] (n, n_z) for the whole episode."""
+    return lambda e, reading, state, worlds, rows: decoder(e, state["z"])
+
+
+def first_colour(world, data):
+    """(N,): the colour that each episode of a one-colour task ended on, -1 for none."""
+    end = data.agent[np.arange(len(data.length)), data.length]  # (N,)
+    match = data.things[:, :world.O] == end[:, None]  # (N, O)
+    return np.where(match.any(1), match.argmax(1), -1)
+
+
+def code_identity(base, decoder, world, rng, codes=256, layouts=64):
+    """Does a code name a subgoal? Mutual information between a prior code and where it leads.
+
+    Each code is held fixed, gate shut, in the same `layouts` worlds, none of which it was made
+    for. Outcome: the subgoal that begins with the first colour visited, or "none". If codes name
+    subgoals, a code leads to one subgoal whatever the layout; if they name places, the outcome
+    depends on the layout and the information is near 0. Returns a dict: code_identity (nats);
+    code_identity_max = ln S, what S equally frequent subgoals would give if each code always led
+    to the same one; code_none, the share of "none"; code_outcomes, the entropy of outcomes, "none"
+    among them, which the information cannot exceed.
+
+    Plug-in estimates from few samples are too high by about (filled cells - rows - columns + 1) /
+    2N (Miller-Madow), which is subtracted.
+    """
+    device = base.norm.weight.device
+    starts = {subgoal[0]: i for i, subgoal in enumerate(world.subgoals)}
+    layout = sample_layouts(world, rng, layouts)
+    # Any wrong colour ends an episode, so a one-colour task is over at the first colour visited.
+    task = world.subgoals[0][:1]
+    outcome = []
+    for z in torch.randn(codes, decoder.n_z, device=device).split(32):  # bounds the caches' memory
+        things, agent = (np.tile(x, (len(z), *[1] * (x.ndim - 1))) for x in layout)
+        state = {"z": z.repeat_interleave(layouts, dim=0)}  # (portion * layouts, n_z)
+        data, _, _ = play(base, world, [task] * len(agent), rng, steer_by_code(decoder), state,
+                          (things, agent))
+        outcome += [starts.get(colour, len(starts)) for colour in first_colour(world, data)]
+    outcome = np.array(outcome).reshape(codes, layouts)
+    kinds = range(len(starts) + 1)  # the S subgoals, then "none"
+    table = np.stack([(outcome == g).sum(1) for g in kinds], axis=1)  # (codes, S+1) counts
+    none = table[:, -1].sum() / table.sum()
+    table = table[:, table.sum(0) > 0]
+    joint = table / table.sum()
+    marginal = joint.sum(0, keepdims=True)  # (1, outcomes)
+    expected = joint.sum(1, keepdims=True) * marginal
+    information = (joint * np.log(np.where(joint > 0, joint / expected, 1))).sum()
+    bias = ((table > 0).sum() - table.shape[0] - table.shape[1] + 1) / (2 * table.sum())
+    return {"code_identity": float(information - bias), "code_identity_max": math.log(len(starts)),
+            "code_none": float(none), "code_outcomes": float(-(marginal * np.log(marginal)).sum())}
+
+
+def transplant(base, meta, world, rng, n, at):
+    """Code transplant (B.3.2): do codes that led to a colour lead to it elsewhere, when they are
+    put in after `at` steps?
+
+    Donors: n episodes under a code from the prior each, held from the start with the gate shut;
+    those that reach a colour give their code to it. NOT in paper, whose donors draw z anew at each
+    opening and give the code that is active at the visit. Recipients: n other worlds in which the
+    base model plays by itself, and goes on under a donor's code of a random colour from step `at`
+    on. Returns the share that visits this colour first, with the code and without, among the
+    recipients still playing at step `at` (without: the same worlds, other actions sampled).
+    """
+    device = base.norm.weight.device
+    z = torch.randn(n, meta.n_z, device=device)
+    task = world.subgoals[0][:1]
+    data, _, _ = play(base, world, [task] * n, rng, steer_by_code(meta.decoder), {"z": z})
+    colour = first_colour(world, data)
+    # The colours that begin a subgoal and were reached.
+    giving = np.intersect1d(colour, [subgoal[0] for subgoal in world.subgoals])
+    if not len(giving):
+        return 0., 0.  # no code leads anywhere
+    wanted = rng.choice(giving, n)
+    donor = [rng.choice(np.flatnonzero(colour == c)) for c in wanted]
+    given = {"z": z[torch.tensor(donor, device=device)]}  # (n, n_z)
+    layouts = sample_layouts(world, rng, n)
+
+    def put_in(e, reading, state, worlds, rows):
+        late = torch.from_numpy(worlds.steps[rows] >= at).to(device)[:, None]
+        return torch.where(late, meta.decoder(e, state["z"]), e)
+
+    rates = []
+    for steer in (put_in, lambda e, *rest: e):
+        tasks = [(c,) for c in wanted.tolist()]
+        data, success, _ = play(base, world, tasks, rng, steer, given, layouts)
+        playing = data.length > at
+        rates.append(float(success[playing].mean()) if playing.any() else 0.)
+    return tuple(rates)
