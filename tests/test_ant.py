@@ -3,12 +3,13 @@ import dataclasses
 import functools
 import warnings
 
-from envs import (CELL, HEIGHT, MOTORS, AntWorlds, Ants, World, ant_expert, ant_model, by_cells, cell_centres, distances, feel, generate,
-                  neighbour_table, pose_of, renamed, sample_layouts, simulate, symexp)  # before mujoco: sets MUJOCO_GL
-from internal_rl import Walker, gae, right_turns, walker_step
-from metacontroller import exchanged, turned
-from model import BodyEmbedding
+import ant  # before mujoco: sets MUJOCO_GL
+from ant import (CELL, HEIGHTS, MOTORS, Ant, AntWorlds, Ants, BodyEmbedding, Walker, ant_expert,
+                 ant_model, by_cells, cell_centres, feel, gae, pose_of, renamed, right_turns, symexp,
+                 turned, walker_step)
+from envs import World, distances, generate, neighbour_table, sample_layouts, simulate
 import figures
+import runs
 import train
 
 import gymnasium as gym
@@ -113,7 +114,7 @@ def test_endings(where):
 
 def test_the_range_of_heights():
     ants = Ants(4, threads=1)
-    ants.qpos[:, 2] = HEIGHT[0] - .01, HEIGHT[0], HEIGHT[1], HEIGHT[1] + .01
+    ants.qpos[:, 2] = HEIGHTS[0] - .01, HEIGHTS[0], HEIGHTS[1], HEIGHTS[1] + .01
     assert ants.fallen().tolist() == [True, False, False, True]
 
 
@@ -244,12 +245,12 @@ def test_a_turned_ant_is_an_ant_in_a_turned_world(g, compass):
     turn = np.array([[c, -s], [s, c]]) @ np.diag([1, -1 if g >= 4 else 1])  # of the board
     centres = cell_centres(4)
     there = np.array([np.abs(centres - turn @ xy).sum(1).argmin() for xy in centres])
-    look = lambda action: [x[:, 0].numpy() for x in turned(world, torch.full((n, 1), g), torch.from_numpy(w.obs())[:, None], torch.from_numpy(action)[:, None])]
+    look = lambda action: [x[:, 0].numpy() for x in turned(torch.full((n, 1), g), torch.from_numpy(w.obs())[:, None], torch.from_numpy(action)[:, None])]
     seen, _ = look(act[0])
     other.ants.sim.state[:], other.things, other.agent = w.ants.sim.state, there[w.things], there[w.agent]
     other.ants.qpos[:], other.ants.qvel[:] = pose_of(WORLD, seen), symexp(seen[:, 13:27])
     heading = np.tile([.6, .8], (n, 1))
-    torques = lambda worlds, heading: renamed(MOTORS, worlds.places(), walker.walk(0.)(worlds.ants.felt(heading)))
+    torques = lambda worlds, heading: renamed(MOTORS, worlds.shift(), walker.walk(0.)(worlds.ants.felt(heading)))
     for action in act[10:]:
         seen, action_there = look(action)
         assert np.allclose(seen, other.obs(), atol=1e-4)
@@ -257,7 +258,7 @@ def test_a_turned_ant_is_an_ant_in_a_turned_world(g, compass):
         values = [walker.critic(torch.from_numpy(ants.felt(h))) for ants, h in ((w.ants, heading), (other.ants, heading @ turn.T))]
         assert torch.allclose(*values, atol=1e-4) and values[0].std() > .01
         for worlds, a in ((w, action), (other, action_there)):
-            worlds.ants.step(np.arange(n), renamed(MOTORS, -worlds.places(), a))
+            worlds.ants.step(np.arange(n), renamed(MOTORS, -worlds.shift(), a))
 
 
 def test_legs_named_by_the_compass_are_the_same_ant():
@@ -267,25 +268,25 @@ def test_legs_named_by_the_compass_are_the_same_ant():
     plain, compass = (AntWorlds(world, [(0, 1)] * n, things, agent, rng(1), threads=1) for world in (WORLD, dataclasses.replace(WORLD, compass=True)))
     named = set()
     for action in rng(2).uniform(-1, 1, (60, n, 8)).astype(np.float32):
-        k, obs = compass.places(), compass.obs()
+        k, obs = compass.shift(), compass.obs()
         named |= set(k.tolist())
         qpos, heading = pose_of(WORLD, obs), np.tile([.6, .8], (n, 1))
-        assert np.abs(2 * np.arctan2(qpos[:, 6], qpos[:, 3])).max() <= np.pi / 4 + 1e-5 and not plain.places().any()
+        assert np.abs(2 * np.arctan2(qpos[:, 6], qpos[:, 3])).max() <= np.pi / 4 + 1e-5 and not plain.shift().any()
         torques = walker.walk(0.)(feel(qpos, symexp(obs[:, 13:27]), heading))
         assert np.allclose(torques, renamed(MOTORS, k, walker.walk(0.)(plain.ants.felt(heading))), atol=1e-4)
         plain.step(action)
         compass.step(renamed(MOTORS, k, action))
         assert np.array_equal(plain.ants.qpos, compass.ants.qpos)
     assert len(named) >= 3  # several names were in use
-    with pytest.raises(ValueError, match="compass"):
-        World(compass=True)
+    with pytest.raises(runs.Refused, match="compass"):
+        train.parse(["--preset", "smoke", "--compass", "True"])
 
 
 def test_what_the_embedding_adds_is_what_a_walker_feels_and_how_far_things_are():
     w = worlds(5)
     for _ in range(5):
         w.step(rng().uniform(-1, 1, (5, 8)))
-    embed, obs = BodyEmbedding(41, 16, 6, 9), torch.from_numpy(w.obs())[:, None]
+    embed, obs = BodyEmbedding(41, 4, 6, 9), torch.from_numpy(w.obs())[:, None]
     with torch.no_grad():
         embed.bag.weight.zero_()
         embed.linear.weight.zero_()
@@ -305,7 +306,7 @@ def test_what_the_embedding_adds_is_what_a_walker_feels_and_how_far_things_are()
 
 def test_exchanged_colours_change_places_and_nothing_else():
     obs = torch.from_numpy(worlds(2).obs())[:, None]
-    new = exchanged(WORLD, torch.tensor([[1, 0, 3, 2], [0, 1, 2, 3]]), obs)
+    new = Ant.exchanged(WORLD, torch.tensor([[1, 0, 3, 2], [0, 1, 2, 3]]), obs)
     assert torch.equal(new[1], obs[1]) and torch.equal(new[0, 0, :29], obs[0, 0, :29]) and torch.equal(new[0, 0, 37:], obs[0, 0, 37:])
     assert torch.equal(new[0, 0, 29:37].view(4, 2), obs[0, 0, 29:37].view(4, 2)[[1, 0, 3, 2]])
 
@@ -325,7 +326,7 @@ def test_an_episode_of_ants_is_recorded():
 def walks():
     """Successful clean episodes of the walker that comes with the repository, and the walker."""
     walker, n = Walker().requires_grad_(False), 40
-    walker.load_state_dict(torch.load(train.ASSETS / "ant-small/seed0/walker.pt", weights_only=True)["model"])
+    walker.load_state_dict(torch.load(runs.ASSETS / "ant-small/seed0/walker.pt", weights_only=True)["model"])
     things, agent = sample_layouts(WORLD, rng(5), n)
     act = ant_expert(WORLD, distances(WORLD, things), rng(5), walker.walk(0.), np.zeros(n, bool))
     data, success = simulate(WORLD, [WORLD.tasks[i % 16] for i in range(n)], things, agent, act, rng(5))
@@ -357,7 +358,7 @@ def test_a_thinned_episode_keeps_where_cells_begin(walks):
     batch = {"obs": torch.from_numpy(data.obs()), "action": torch.from_numpy(data.action), "mask": torch.from_numpy(data.mask()),
              "switches": torch.from_numpy(data.switches())}
     torch.manual_seed(0)
-    thin = train.thinned(batch, 4, .12)
+    thin = ant.thinned(batch, 4, .12)
     assert .15 < thin["mask"].sum() / batch["mask"].sum() < .2  # one step in 8, and those
     cells, when = by_cells(WORLD, data)
     for n in range(len(data.length)):
@@ -368,7 +369,7 @@ def test_a_thinned_episode_keeps_where_cells_begin(walks):
         assert t == sorted(set(t)) and set(when[n, :M]) <= set(t) and np.array_equal(done, data.action[n, t])
 
 
-def test_the_picture_shows_the_ant_on_its_board():
+def test_the_picture_shows_the_ant_on_its_board(opengl):
     env = gym.make("AntPinpad-v0", render_mode="rgb_array").unwrapped
     env.reset(seed=0)
     picture = env.render()
@@ -386,17 +387,17 @@ SHORT = ["--preset", "ant-paper", "--threads", "1", "--T", "24", "--evaluations"
          "--policy_width", "16", "--symmetric", "True", "--splice", ".5", "--shuffle", ".5", "--alpha_ramp", "2", "--thin", ".5", "--thin_batch", "4", "--turn", "True", "--relative", "True"]
 
 
-def staggering(world, rng, n, eps=0., walk=None):
+def staggering(world, rng, n, expert, portion):
     """In the place of `generate`: episodes of ants that were never taught to walk, successful or not."""
     tasks = [world.tasks[i] for i in rng.integers(len(world.tasks), size=n)]
     return simulate(world, tasks, *sample_layouts(world, rng, n), lambda worlds, alive: rng.uniform(-1, 1, (len(alive), 8)), rng)[0]
 
 
 def test_an_interrupted_walker_equals_an_uninterrupted_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "HELD_OUT", 16)
+    monkeypatch.setattr(ant, "HELD_OUT", 16)
     line = [*SHORT, "--stage", "expert", "--save_seconds", "0", "--out"]
     few, calls = functools.partial(walker_step, n=8, steps=16), []
-    monkeypatch.setattr(train, "walker_step", few)
+    monkeypatch.setattr(ant, "walker_step", few)
     assert train.main([*line, str(tmp_path / "whole")]) == 0
 
     def interrupted(*args):
@@ -404,7 +405,7 @@ def test_an_interrupted_walker_equals_an_uninterrupted_one(tmp_path, monkeypatch
         if len(calls) == 3:
             raise KeyboardInterrupt
         return few(*args)
-    monkeypatch.setattr(train, "walker_step", interrupted)
+    monkeypatch.setattr(ant, "walker_step", interrupted)
     assert train.main([*line, str(tmp_path / "parts")]) == 130 and train.main([*line, str(tmp_path / "parts")]) == 0
     whole, parts = (torch.load(tmp_path / out / "ant-paper/seed0/walker.pt", weights_only=True)["model"] for out in ("whole", "parts"))
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
@@ -414,17 +415,17 @@ def test_an_interrupted_walker_equals_an_uninterrupted_one(tmp_path, monkeypatch
 
 def test_every_stage_runs_on_recorded_ants(tmp_path, monkeypatch, capsys):
     calls = []
-    monkeypatch.setattr(train, "HELD_OUT", 16)
-    monkeypatch.setattr(train, "walker_step", functools.partial(walker_step, n=8, steps=16))
-    monkeypatch.setattr(train, "generate", lambda world, *args, **more: calls.append(world.body) or
-                        (staggering if world.body == "ant" else generate)(world, *args, **more))
+    monkeypatch.setattr(ant, "HELD_OUT", 16)
+    monkeypatch.setattr(ant, "walker_step", functools.partial(walker_step, n=8, steps=16))
+    monkeypatch.setattr(ant, "generate",
+                        lambda *args, **more: calls.append("ant") or staggering(*args, **more))
     for rival in ("none", "forced", "cotrain"):
         assert train.main([*SHORT, "--rival", rival, "--out", str(tmp_path)]) == 0, capsys.readouterr().err
     assert "internal RL" in capsys.readouterr().out and calls.count("ant") == 2  # one portion of each kind: simulated once
     folder = tmp_path / "ant-paper" / "seed0"
     run = train.parse([*SHORT, "--out", str(tmp_path)])[0]
-    recorded = train.Demonstrations(run, "noisy", train.expert(run))
-    source = staggering(WORLD_24, train.seed_everything(0, "demonstrations", 0), 80)
+    recorded = ant.Demonstrations(run, "noisy", ant.expert(run))
+    source = staggering(WORLD_24, runs.seed_everything(0, "demonstrations", 0), 80, None, None)
     rows = np.array([5, 79, 17])
     mine, theirs = recorded[rows], source[rows]
     for t in range(3):

@@ -1,18 +1,17 @@
 """Acting and RL: what is remembered between steps, when the policy is asked, and who gets the credit."""
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import internal_rl
-from envs import Trajectories, World, generate
-from internal_rl import (InternalEnvironment, Policy, clipped_loss, code_identity, control_success, gaussian_logp, internal_episodes,
-                         internal_rl_step, opened_at_arrivals, play, raw_rl_step, relative_advantage, sequence_logp, steer_by_subgoal,
-                         transplant)
-from metacontroller import Decoder, Metacontroller
-from model import SequenceModel
+from envs import World, simulate
+from internal_rl import (InternalEnvironment, Policy, clipped_loss, gaussian_logp,
+                         internal_episodes, internal_rl_step, play, raw_rl_step,
+                         relative_advantage, sequence_logp)
+from metacontroller import Metacontroller
+from model import GridParts, SequenceModel
 
 WORLD = World(G=4, O=5, W=1, T=25, task_set="errands")
 
@@ -20,7 +19,7 @@ WORLD = World(G=4, O=5, W=1, T=25, task_set="errands")
 def parts(mixer="attention", gate="soft", seed=0):
     """A base, a metacontroller with strong controllers and a restless gate, and a policy whose mean depends on its input."""
     torch.manual_seed(seed)
-    base = SequenceModel(WORLD.cells, WORLD.things, 32, 3, 4, 48, 8, 1, mixer=mixer, read=2).requires_grad_(False)  # read one layer above the written one
+    base = SequenceModel(GridParts(WORLD, False), 32, 3, 4, 48, 8, 1, mixer=mixer, read=2).requires_grad_(False)  # read one layer above the written one
     meta = Metacontroller(32, n_z=3, n_h=8, n_s=8, rank=4, gate=gate, encoder_hidden=16, decoder_hidden=16).requires_grad_(False)
     for weight in (meta.decoder.net[0].weight, meta.decoder.net[2].weight, meta.switch_out.weight, meta.switch_z.weight):
         torch.nn.init.normal_(weight, std=.7)
@@ -44,7 +43,7 @@ def test_acting_remembers_the_whole_episode_with_and_without_control(mixer):
     """ln p of the actions taken, step by step with caches while finished episodes are dropped = one full pass over each episode."""
     base, meta, policy = parts(mixer)
     for steered in (False, True):
-        env = InternalEnvironment(meta, policy.sampler(), policy.init_memory(60), 60, WORLD.T, "cpu") if steered else None
+        env = InternalEnvironment(meta, policy.ask, policy.init_memory(60), 60, WORLD.T, "cpu") if steered else None
         with torch.no_grad():
             data, _, player = play(base, WORLD, [WORLD.post_task] * 60, rng(1), env, env.state if env else None)
             e = base.lower(torch.from_numpy(data.obs()[:, :-1]))
@@ -122,7 +121,6 @@ def test_raw_first_ratio_is_one(monkeypatch):
     monkeypatch.setattr(internal_rl, "relative_advantage", lambda reward: torch.linspace(-1, 1, len(reward)))
     monkeypatch.setattr(internal_rl, "clipped_loss", lambda logp, old, A, mask, clip: seen.append((logp - old)[mask].exp()) or clipped_loss(logp, old, A, mask, clip))
     monkeypatch.setattr(internal_rl, "simulate", lambda *args: (lambda data, success: (data, np.arange(len(success)) % 2 == 0))(*simulate(*args)))
-    from envs import simulate
     raw_rl_step(base, torch.optim.AdamW(base.parameters(), lr=1e-3), WORLD, rng(), 30, epochs=2, clip=.2)
     assert (seen[0] - 1).abs().max() < 1e-4 and (seen[1] - 1).abs().max() > 1e-4
 
@@ -187,101 +185,3 @@ def test_not_finite_stops():
     with pytest.raises(FloatingPointError):
         internal_rl.update([parameter], torch.optim.SGD([parameter], 1.), lambda: parameter * float("nan") + torch.zeros(2, 1), torch.zeros(2, 1),
                            torch.tensor([0., 1.]), torch.ones(2, 1, dtype=torch.bool))
-
-
-def test_true_subgoal_controllers_are_switched_at_the_right_moments():
-    """The controller in force at each step is the one of the subgoal that the world itself says is next."""
-    base, _, _ = parts()
-    decoder = Decoder(4, 32, 4)
-    chosen = []
-    class Spy(torch.nn.Module):
-        net = decoder.net
-        def forward(self, e, z):
-            chosen.append(z.argmax(-1))
-            return decoder(e, z)
-    steer = steer_by_subgoal(Spy())
-    data = generate(WORLD, np.random.default_rng(0), 20)
-    from envs import simulate
-    step = [0]
-    def expert(worlds, alive):  # replay demonstrations, asking the rule as the player would
-        steer(torch.zeros(20, 32), None, {}, worlds, np.arange(20))
-        step[0] += 1
-        return data.action[alive, step[0] - 1]
-    colours = lambda n: [(c) for a, b in zip(data.agent[n, :data.length[n]], data.agent[n, 1:data.length[n] + 1]) if a != b
-                         for c in [{cell: k for k, cell in enumerate(data.things[n, :5])}.get(b)] if c is not None]
-    simulate(WORLD, [tuple(colours(n)) for n in range(20)], data.things, data.agent[:, 0], expert)
-    chosen = torch.stack(chosen, 1).numpy()
-    assert (chosen[:, :data.subgoal.shape[1]][data.mask()] == data.subgoal[data.mask()]).all()
-    assert 0 <= control_success(base, decoder, WORLD, rng(), 20) <= 1
-
-
-def test_code_identity_of_real_rollouts_of_an_untrained_decoder_is_nothing():
-    base, meta, _ = parts()
-    decoder = Decoder(3, 32, 4)  # too weak to steer
-    information, most = code_identity(base, decoder, WORLD, rng(), codes=64, layouts=32, n_z=3)
-    assert abs(information) < .03 and most == math.log(4)
-
-
-def test_code_identity_knows_names_from_places(monkeypatch):
-    """Planted codes: one that names a subgoal gives all the information, one that names a place or nothing gives none."""
-    world = World(G=5, O=5, W=0, T=30, task_set="errands")
-    base, meta, _ = parts()
-    def outcome_by(rule):
-        def fake_play(base, world, tasks, rng, steer, state, layouts):
-            things, agent = layouts
-            target = rule(state["z"].numpy(), things, np.random.default_rng(0))
-            cells = things[np.arange(len(things)), target]
-            data = SimpleNamespace(agent=np.stack([agent, cells], 1), length=np.ones(len(agent), int), things=things)
-            return data, None, None
-        monkeypatch.setattr(internal_rl, "play", fake_play)
-        return code_identity(base, meta.decoder, world, np.random.default_rng(1), n_z=3)
-    quadrant = lambda z: (z[:, 0] > 0) * 2 + (z[:, 1] > 0)
-    names, most = outcome_by(lambda z, things, rng: quadrant(z))
-    assert np.isclose(most, math.log(4)) and names > .97 * most
-    nothing, _ = outcome_by(lambda z, things, rng: rng.integers(4, size=len(z)))
-    assert abs(nothing) < .01
-    corner = np.array([0, 4, 20, 24])
-    distance = lambda a, b: np.abs(a // 5 - b // 5) + np.abs(a % 5 - b % 5)
-    places, _ = outcome_by(lambda z, things, rng: distance(things[:, :4], corner[quadrant(z)][:, None]).argmin(1))
-    assert places < .15 * most
-
-
-def test_transplanted_codes_act_from_their_step_on_and_are_compared_with_none(monkeypatch):
-    """A world in which the sign of z_1 alone decides which of two colours is visited, if the code is in use; else one is visited at random."""
-    base, meta, _ = parts()
-    calls = []
-
-    def fake_play(base, world, tasks, rng, steer, state, layouts=None):
-        things, agent = layouts or internal_rl.sample_layouts(world, rng, len(tasks))
-        e, rows = torch.ones(len(tasks), 32), np.arange(len(tasks))
-        acts_at = [not torch.equal(steer(e, e, state, SimpleNamespace(steps=np.full(len(rows), t)), rows), e) for t in (0, 4, 5, 9)]
-        calls.append(acts_at)
-        colour = (state["z"][:, 0].numpy() > 0).astype(int) if acts_at[-1] else rng.integers(2, size=len(tasks))
-        length = np.where(rows % 4 == 0, 3, 8)  # some end before the code is put in
-        cells = np.stack([agent] * 8 + [agent], axis=1)
-        cells[rows, length] = things[rows, colour]
-        return SimpleNamespace(agent=cells, length=length, things=things), colour == np.array([task[0] for task in tasks]), None
-
-    monkeypatch.setattr(internal_rl, "play", fake_play)
-    with_code, without = transplant(base, meta, WORLD, rng(), 400, at=5)
-    assert calls == [[True] * 4, [False, False, True, True], [False] * 4]  # donors; recipients from step 5 on; none
-    assert with_code == 1. and abs(without - .5) < .1
-
-
-def test_an_untrained_decoder_transplants_nothing():
-    base, meta, _ = parts()
-    meta.decoder = Decoder(3, 32, 4)  # too weak to steer
-    with_code, without = transplant(base, meta, WORLD, rng(), 600, at=2)
-    assert 0 < without < .5 and abs(with_code - without) < .1
-
-
-def test_arrivals_straight_from_a_colour_are_told_from_others():
-    """A row of four cells: 0 1 . 2; from 0 to its neighbour 1, over the empty cell to 2. A late gate counts as shut, padding does not count."""
-    world = World(G=4, O=3, W=0, T=25, task_set="tiny")
-    def episodes(lengths):
-        column = lambda *values: np.array([values] * len(lengths))
-        return Trajectories(things=column(0, 1, 3), agent=column(0, 0, 1, 2, 3, 3), action=column(1, 1, 1, 1, 1), target=column(1, 1, 2, 2, 0),
-                            progress=column(0, 0, 1, 1, 2), subgoal=column(1, 1, 2, 2, 0), segment=column(0, 0, 1, 1, 2), length=np.array(lengths))
-    gates = torch.tensor([[1., 0, 1, 0, 0], [1., 0, .4, 1, .6], [1., 0, 1, 0, 1]])
-    near, far = opened_at_arrivals(world, episodes([5, 5, 4]), gates)
-    assert near.tolist() == [True, False, True] and far.tolist() == [False, True]

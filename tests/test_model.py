@@ -7,14 +7,15 @@ import torch
 
 import train
 from envs import World, exact_bounds, generate, one_hot
-from model import (RGLRU, BoundedSqrt, Recurrence, SequenceModel, action_nll, obs_nll, pretraining_loss, relative_buckets, scan, scan_loop)
+from model import (RGLRU, BoundedSqrt, GridParts, Recurrence, SequenceModel, action_nll, obs_nll,
+                   pretraining_loss, relative_buckets, scan)
 
 WORLD = World(G=4, O=5, W=1, T=30, task_set="errands")
 
 
 def new_model(mixer="attention", layer=1, lam=.1, relative=False):
     torch.manual_seed(0)
-    model = SequenceModel(WORLD.cells, WORLD.things, 32, 3, 4, 48, 8, layer, lam, mixer, relative=relative)
+    model = SequenceModel(GridParts(WORLD, relative), 32, 3, 4, 48, 8, layer, lam, mixer)
     if model.bias is not None:  # away from its zero start, so that a forgotten or misplaced bias shows
         torch.nn.init.normal_(model.bias.table)
     for name, parameter in model.named_parameters():
@@ -35,7 +36,10 @@ def test_embedding_by_look_up_equals_the_one_hot_product():
     model, (obs, _, _) = new_model(), batch()
     vector = torch.from_numpy(one_hot(WORLD, obs.numpy())).float()
     looked_up = model.embed(obs)
-    product = vector @ model.embed.weight_matrix() + model.embed.bias
+    # The table's rows in the order of `one_hot`: cell-major for things, then the agent's cells.
+    table = model.embed.bag.weight.view(WORLD.things, WORLD.cells, 32)  # (K, C, D)
+    matrix = torch.cat([table[:-1].transpose(0, 1).reshape(-1, 32), table[-1]])  # (C * K, D)
+    product = vector @ matrix + model.embed.bias
     assert torch.allclose(looked_up, product, atol=1e-5)
     # ... and so do the gradients.
     weight = torch.randn_like(looked_up)
@@ -129,7 +133,7 @@ def test_observation_likelihood_is_normalised():
     torch.manual_seed(0)
     logits = torch.randn(1, 1, 2 * 3)  # two things, three cells: nine possible observations
     every = torch.tensor([[i, j] for i in range(3) for j in range(3)])[:, None]
-    assert torch.allclose((-obs_nll(logits.expand(9, 1, 6), every, 3)).exp().sum(), torch.tensor(1.), atol=1e-6)
+    assert torch.allclose((-obs_nll(logits.expand(9, 1, 6), every)).exp().sum(), torch.tensor(1.), atol=1e-6)
     assert torch.allclose(action_nll(torch.zeros(1, 2, 4), torch.tensor([[0, 3]])), torch.tensor(np.log(4.)).float())
 
 
@@ -140,7 +144,16 @@ def test_relative_buckets_are_exact_when_near_and_coarse_when_far():
     assert (row[1:] >= row[:-1]).all() and row[-1] < 32 and len(row.unique()) > 24
 
 
-# ---------------------------------------------------------------------------------------------- Hawk
+# -------------------------------------------------------------------------------- Hawk
+
+def scan_loop(a, b, h0):
+    """Reference: h_t = a_t * h_t-1 + b_t, one step after the other."""
+    h, states = h0, []
+    for a_t, b_t in zip(a.unbind(1), b.unbind(1)):
+        h = a_t * h + b_t
+        states.append(h)
+    return torch.stack(states, dim=1)
+
 
 @pytest.mark.parametrize("fast", [scan, Recurrence.apply], ids=["doubling", "written out"])
 def test_both_fast_scans_equal_the_loop_gradients_included(fast):
@@ -214,7 +227,7 @@ def test_a_trained_model_stays_above_the_bayes_bound_and_comes_near_it():
     """A model below the bound has seen the future, the goal or its own target; a model far above it has not learned."""
     world = World(G=3, O=3, W=0, T=12, task_set="tiny")
     torch.manual_seed(0)
-    model = SequenceModel(world.cells, world.things, 48, 2, 2, 96, 16, 1)
+    model = SequenceModel(GridParts(world, False), 48, 2, 2, 96, 16, 1)
     optimizer, rng = torch.optim.AdamW(model.parameters(), lr=3e-3), np.random.default_rng(0)
     to = lambda data: (torch.from_numpy(data.obs()), torch.from_numpy(data.action), torch.from_numpy(data.mask()))
     for _ in range(450):

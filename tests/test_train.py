@@ -12,7 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+import ant
+import runs
 import train
+from envs import World, generate, neighbour_table, symmetries
+from test_metacontroller import WORLD, batch
+from train import view_of
 
 ROOT = Path(__file__).resolve().parents[1]
 # Even smaller than smoke, where only the machinery is tested.
@@ -53,7 +58,7 @@ def test_one_command_runs_every_stage_and_ends_with_the_comparison(finished):
         assert row in tail
     for word in ("device cpu", "dtype torch.float32", "compile off"):  # each choice with its reason in brackets
         assert f"{word} (" in text
-    logs = {name: train.read_log(train.Run(None, "smoke", folder), name) for name in NAMES}
+    logs = {name: runs.read_log(folder, name) for name in NAMES}
     assert {"nll", "bayes", "known", "gap_closed", "episodes_per_s"} <= logs["base"][-1].keys()
     assert {"nll", "success", "layer"} <= logs["control"][-1].keys()
     assert {"nll", "kl_per_episode", "switches", "true_switches", "precision", "recall", "f1", "f1_1", "undecided", "code_identity",
@@ -64,7 +69,7 @@ def test_one_command_runs_every_stage_and_ends_with_the_comparison(finished):
 
 def test_the_precision_is_measured_unless_it_is_asked_for(capsys):
     run, *_ = train.parse(["--preset", "smoke"])
-    train.choose_device(run)
+    runs.choose_device(run)
     text = capsys.readouterr().out
     assert f"dtype {run.dtype} (bfloat16 matrix products measured at" in text and run.dtype in (torch.float32, torch.bfloat16)
 
@@ -73,7 +78,7 @@ def test_a_finished_stage_is_reused_and_fresh_starts_again(finished, tmp_path):
     out, _ = finished
     before = {name: (out / "smoke" / "seed0" / f"{name}.pt").stat().st_mtime_ns for name in NAMES}
     again = subprocess.run(command(out, "--stage", "discover"), capture_output=True, text=True)
-    assert again.returncode == 0 and "meta: finished earlier" in again.stdout and "discover:" not in again.stderr
+    assert again.returncode == 0 and "finished earlier, reused: base, meta" in again.stdout and "discover:" not in again.stderr
     assert before == {name: (out / "smoke" / "seed0" / f"{name}.pt").stat().st_mtime_ns for name in NAMES}
     subprocess.run(["cp", "-r", str(out / "smoke"), str(tmp_path)], check=True)
     fresh = subprocess.run(command(tmp_path, "--stage", "pretrain", "--fresh"), capture_output=True, text=True)
@@ -149,7 +154,7 @@ WRONG = {
     "a rival by the back door": (["--gate", "forced"], "--rival forced"),
     "nothing to train afresh": (["--stage", "eval", "--fresh"], "fresh"),
     "a task that is not colours": (["--post_task", "0-red"], "0-red"),
-    "a task of other colours": (["--post_task", "0-7"], "colours"),
+    "a task of other colours": (["--post_task", "0-7"], "colour 7 does not exist"),
     "a colour twice in a row": (["--post_task", "0-0"], "twice"),
     "eps of one": (["--eps", "1.0"], "eps"),
     "no such device": (["--device", "tpu"], "device"),
@@ -222,7 +227,10 @@ def test_finished_rl_can_be_extended_and_equals_a_longer_run(finished, tmp_path)
 
 
 def edited(path, **changes):
-    torch.save({**torch.load(path, weights_only=True), **changes}, path)
+    """Write other content into a checkpoint, as a whole file: its digest is right."""
+    saved = torch.load(path, weights_only=True)
+    del saved["sha256"]
+    runs.save_checkpoint(path, {**saved, **changes})
 
 
 def test_a_checkpoint_trained_on_another_base_is_refused(finished, tmp_path, capsys):
@@ -284,18 +292,18 @@ def test_results_of_other_seeds_and_rivals_are_kept(finished, tmp_path):
 
 
 def test_a_base_that_comes_with_the_repository_is_used_and_said_so(finished, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "ASSETS", tmp_path / "assets")
+    monkeypatch.setattr(runs, "ASSETS", tmp_path / "assets")
     shipped = tmp_path / "assets" / "smoke" / "seed0"
     shipped.mkdir(parents=True)
     for kind in ("pt", "jsonl"):
         (shipped / f"base.{kind}").write_bytes((finished[0] / "smoke" / "seed0" / f"base.{kind}").read_bytes())
     saved = torch.load(shipped / "base.pt", weights_only=True)
-    saved["optimizer"]["state"] = {}  # as README ships it: the moments of a finished training are of no use
+    saved["optimizer"]["state"] = {}  # as it is shipped: the moments of a finished training
     saved["model"]["norm.weight"] += 1e-3  # so that it can be told from one trained here
-    torch.save(saved, shipped / "base.pt")
+    edited(shipped / "base.pt", model=saved["model"], optimizer=saved["optimizer"])
     line = [*TINY, "--stage", "pretrain", "--out"]
     assert train.main([*line, str(tmp_path / "a")]) == 0 and "taken from assets" in capsys.readouterr().out
-    assert same(weights(tmp_path / "a", "base"), saved["model"]) and train.read_log(train.Run(None, "", tmp_path / "a/smoke/seed0"), "base")
+    assert same(weights(tmp_path / "a", "base"), saved["model"]) and runs.read_log(tmp_path / "a/smoke/seed0", "base")
     for out, more in (("b", ["--fresh"]), ("c", ["--base_lr", "1e-3"]), ("d", ["--seed", "1"])):
         assert train.main([*line, str(tmp_path / out), "--base_steps", "40", *more]) == 0
         assert "assets" not in capsys.readouterr().out
@@ -322,7 +330,7 @@ def test_rivals_have_files_of_their_own(finished, tmp_path):
     done = subprocess.run(command(tmp_path / "runs", "--rival", "forced"), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (folder / "meta-forced.pt").exists() and (folder / "policy-forced.pt").exists() and "forced switching" in done.stdout
-    line = train.read_log(train.Run(None, "smoke", folder), "policy-forced")[-1]
+    line = runs.read_log(folder, "policy-forced")[-1]
     assert line["abstract_actions"] > 1.5  # a code at every step
     assert same(weights(tmp_path / "runs", "meta"), weights(finished[0], "meta"))
     done = subprocess.run(command(tmp_path / "runs", "--rival", "cotrain"), capture_output=True, text=True)
@@ -333,7 +341,7 @@ def test_rivals_have_files_of_their_own(finished, tmp_path):
     assert train.parse([*TINY, "--rival", "cotrain", "--fresh"])[3] == run.names == ("meta-cotrain", "policy-cotrain")
     forced = train.parse([*TINY, "--rival", "forced", "--fresh"])
     assert forced[0].names == ("base", "meta-forced", "policy-forced") and forced[3] == ("meta-forced", "policy-forced")  # the base stays
-    train.seed_everything(0, "init", 2)
+    runs.seed_everything(0, "init", 2)
     train.new_metacontroller(run)
     start = train.new_base(run).state_dict()
     assert all(not torch.equal(together[f"base.{name}"], value) for name, value in start.items() if "obs_head" not in name)  # every part learns
@@ -344,7 +352,7 @@ def test_any_step_can_be_the_first(tmp_path):
     cfg = train.PRESETS["smoke"]
     run = train.Run(cfg, "smoke", tmp_path)
     def steps(first):
-        return {step: (batch["obs"].clone(), torch.randn(3)) for step, batch in train.batches(run, "base", 8, 0., first, 70)}
+        return {step: (batch["obs"].clone(), torch.randn(3)) for step, batch in train.batches(run, "base", 8, False, first, 70)}
     whole, part = steps(0), steps(37)
     assert sorted(whole) == list(range(70)) and sorted(part) == list(range(37, 70))
     assert all(torch.equal(a, b) for step in part for a, b in zip(whole[step], part[step]))
@@ -353,9 +361,9 @@ def test_any_step_can_be_the_first(tmp_path):
 def test_batches_waste_little_on_padding_and_leave_nothing_out():
     cfg = train.PRESETS["grid-small"]
     run = train.Run(cfg, "grid-small", Path("unused"))
-    masks = [batch["mask"] for _, batch in train.batches(run, "base", 32, 0., 0, train.CHUNK)]
+    masks = [batch["mask"] for _, batch in train.batches(run, "base", 32, False, 0, train.CHUNK)]
     assert np.mean([mask.float().mean() for mask in masks]) > .9
-    data = train.generate(train.world_of(cfg), train.seed_everything(0, "base", 0), train.CHUNK * 32)
+    data = generate(runs.world_of(cfg), runs.seed_everything(0, "base", 0), train.CHUNK * 32)
     assert sum(int(mask.sum()) for mask in masks) == data.length.sum()
     assert os.path.exists("unused") is False
 
@@ -396,7 +404,7 @@ def test_fresh_deletes_nothing_if_what_it_keeps_is_refused(finished, tmp_path, c
 
 def test_what_was_begun_with_fresh_is_not_replaced_by_what_is_shipped(finished, tmp_path, capsys, monkeypatch):
     """Killed after a single step, long before save_seconds have passed."""
-    monkeypatch.setattr(train, "ASSETS", finished[0])  # holds smoke/seed0/base.pt
+    monkeypatch.setattr(runs, "ASSETS", finished[0])  # holds smoke/seed0/base.pt
     line = [*TINY, "--stage", "pretrain", "--save_seconds", "3600", "--out", str(tmp_path)]
     genuine, calls = train.optimise, []
     def killed(*args):
@@ -412,12 +420,65 @@ def test_what_was_begun_with_fresh_is_not_replaced_by_what_is_shipped(finished, 
 
 
 def test_a_base_is_shipped_only_with_the_walker_that_it_was_trained_on(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "pretrain", lambda run: None)
-    source, folder = train.ASSETS / "ant-small" / "seed0", tmp_path / "ant-small" / "seed0"
+    monkeypatch.setitem(train.STAGES, "pretrain", lambda run: None)
+    source, folder = runs.ASSETS / "ant-small" / "seed0", tmp_path / "ant-small" / "seed0"
     line = ["--preset", "ant-small", "--stage", "pretrain", "--threads", "1", "--out", str(tmp_path)]
-    assert train.main(line) == 0 and "walker: taken from assets" in capsys.readouterr().out and (folder / "base.pt").exists()
+    assert train.main(line) == 0 and (folder / "base.pt").exists()
+    assert "trains it here): walker, base" in capsys.readouterr().out
     (folder / "base.pt").unlink()
     saved = torch.load(source / "walker.pt", weights_only=True)
     saved["model"]["log_stds"] += 1e-3  # a walker trained elsewhere
-    torch.save(saved, folder / "walker.pt")
+    edited(folder / "walker.pt", model=saved["model"])
     assert train.main(line) == 0 and "assets" not in capsys.readouterr().out and not (folder / "base.pt").exists()
+
+
+def test_an_image_is_the_end_of_another_episode_and_then_the_episode_in_turned_worlds():
+    data = batch(200)
+    torch.manual_seed(0)
+    view = view_of(data, WORLD, symmetric=True, splice=.5, shuffle=0.)
+    table, (cells, actions) = torch.from_numpy(neighbour_table(WORLD.G)), symmetries(WORLD.G)
+    length, which, spliced = data["mask"].sum(1), set(), 0
+    for b in range(200):
+        n = int(length[b])
+        row, step, obs, action = (view[key][b, :n] for key in ("row", "step", "obs", "action"))
+        start = int(((row != b) | (step != torch.arange(n))).sum())  # the other may be the episode itself
+        spliced += start > 0
+        assert (row[start:] == b).all() and step[start:].tolist() == list(range(start, n))  # its own steps where they were
+        if start:
+            other = int(row[0])
+            assert (row[:start] == other).all() and step[:start].tolist() == list(range(int(length[other]) - start, int(length[other])))
+        for part in (slice(0, start), slice(start, n)):  # each part: one turned world, in which the rules hold
+            o, a = obs[part], action[part]
+            if len(o) == 0:
+                continue
+            assert (o[:, :-1] == o[0, :-1]).all() and len(set(o[0, :-1].tolist())) == WORLD.things - 1
+            to = table[o[:-1, -1], a[:-1]]
+            assert (o[1:, -1] == torch.where(torch.isin(to, o[0, WORLD.O:-1]), o[:-1, -1], to)).all()
+            found = {g for g in range(8) if (cells[g][data["obs"][int(row[part][0]), int(step[part][0])]] == o[0].numpy()).all()}
+            assert found and any((actions[g][data["action"][int(row[part][0]), step[part]]] == a.numpy()).all() for g in found)
+            which |= found
+    assert which == set(range(8)) and 60 < spliced < 110
+    assert view_of(data, WORLD, symmetric=False, splice=0., shuffle=0.) is None
+    turned = view_of(data, WORLD, symmetric=True, splice=0., shuffle=0.)  # whole episodes
+    assert (turned["row"] == torch.arange(200)[:, None]).all() and (turned["step"] == torch.arange(turned["step"].shape[1])).all()
+
+
+def test_a_shuffled_past_is_the_episodes_own_in_exchanged_colours_and_is_not_steered():
+    data = batch(200)
+    torch.manual_seed(0)
+    view = view_of(data, WORLD, symmetric=False, splice=1., shuffle=1.)
+    own, length, orders = data["obs"][:, :-1], data["mask"].sum(1), set()
+    assert torch.equal(view["action"], data["action"]) and (view["row"] == torch.arange(200)[:, None]).all()
+    steered = (view["mask"].sum(1) / length)[:, None]
+    assert (steered > 0).all() and .45 < steered.mean() < .6  # cut at a uniformly random step
+    for b in range(200):
+        n, cut = int(length[b]), int(length[b] - view["mask"][b].sum())
+        assert view["mask"][b].tolist() == [cut <= t < n for t in range(own.shape[1])]
+        assert torch.equal(view["obs"][b, cut:n], own[b, cut:n])  # from the cut on nothing is changed
+        if cut:
+            past, true = view["obs"][b, :cut], own[b, :cut]
+            assert torch.equal(past[:, WORLD.O:], true[:, WORLD.O:])  # walls and agent are where they were
+            order = tuple(true[0, :WORLD.O].tolist().index(cell) for cell in past[0, :WORLD.O].tolist())
+            assert torch.equal(past[:, :WORLD.O], true[:, list(order)])  # one exchange for the whole past
+            orders.add(order)
+    assert len(orders) > 60  # of 120
