@@ -43,12 +43,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from envs import (PALETTE, WORLDS, GridWorlds, Pinpad, Trajectories, World, concatenate,
+from envs import (PALETTE, WORLDS, GridWorlds, Pinpad, Trajectories, concatenate,
                   contents_table, distances, exact_bounds, expert_probs, generate,
                   neighbour_table, sample_layouts, simulate)
 from internal_rl import clipped_loss
 from model import GaussianHead, gaussian_logp, linear
-from runs import (EVAL_SEED, Refused, Training, digest, seed_everything, use_shipped, world_of,
+from runs import (EVAL_SEED, Refused, Training, digest, seed_everything, world_of,
                   write_atomically)
 
 # ------------------------------------------------------------------------------ 1. the observation
@@ -89,7 +89,7 @@ def symexp(x):
 
 CELL = 2.  # metres. NOT in paper, which gives no size: an ant is 1.1 m wide and must turn inside
 FRAME_SKIP, PHYSICS_STEP = 5, .01  # one action lasts 0.05 s
-HEIGHTS = (.2, 1.)  # A.2, metres: outside of them an episode fails. (On its back, a torso is at .25)
+HEIGHTS = (.2, 1.)  # A.2, metres: outside an episode fails. (On its back, a torso is at .25.)
 # Front left, front right, back left, back right, as in the classic file: direction of the limb,
 # axis and range of its ankle.
 LIMBS = ((1, 1, (-1, 1, 0), (30, 70)), (-1, 1, (1, 1, 0), (-70, -30)),
@@ -110,6 +110,7 @@ def ant_model(tiles=()):
     spec.option.timestep = PHYSICS_STEP
     spec.option.integrator = mujoco.mjtIntegrator.mjINT_IMPLICITFAST
     spec.compiler.degree = True
+    spec.visual.global_.offwidth = spec.visual.global_.offheight = 1024  # the largest picture
     geom, joint = spec.default.geom, spec.default.joint
     # The floor answers to contacts (conaffinity 1), the ant's parts do not answer to each other.
     geom.conaffinity, geom.condim, geom.density, geom.margin = 0, 3, 5., .01
@@ -411,9 +412,23 @@ def pose_of(world, obs):
     return np.concatenate([obs[..., PLACE] * world.G * CELL / 2, symexp(obs[..., BODY])], axis=-1)
 
 
+ELEVATION, AWAY = -65, 1.5  # of the camera, south of the board: degrees, widths of the board
+
+
+def on_picture(G, size):
+    """(C, 2): where, in pixels from the left and the top of draw_ant's picture, cells lie."""
+    angle = math.radians(ELEVATION)
+    forward = np.array([0, math.cos(angle), math.sin(angle)])
+    up = np.array([0, -math.sin(angle), math.cos(angle)])
+    centres = np.pad(cell_centres(G), ((0, 0), (0, 1)))  # (C, 3), on the floor
+    seen = centres + AWAY * G * CELL * forward  # from the camera
+    scale = seen @ forward * math.tan(math.radians(45 / 2))  # 45 degrees: MuJoCo's field of view
+    return (np.stack([seen[:, 0] / scale, -(seen @ up) / scale], axis=1) + 1) * size / 2
+
+
 def draw_ant(world, things, qpos, size=256):
-    """An RGB picture (size, size, 3) uint8 of one ant qpos (15,) on its board: coloured floor, walls
-    as boxes. Needs OpenGL, no display; RuntimeError, in one sentence, where there is no driver."""
+    """An RGB picture (size, size, 3) uint8 of one ant qpos (15,) on its board: coloured floor,
+    walls as boxes. Needs OpenGL, no display; RuntimeError where there is no driver."""
     centres = cell_centres(world.G)
     tiles = [(*xy, .02, (.93, .93, .93, 1.)) for xy in np.delete(centres, things, axis=0).tolist()]
     for k, xy in enumerate(centres[things].tolist()):
@@ -424,10 +439,10 @@ def draw_ant(world, things, qpos, size=256):
     data.qpos[:] = qpos
     mujoco.mj_forward(model, data)
     camera = mujoco.MjvCamera()
-    camera.distance, camera.elevation, camera.azimuth = 1.35 * world.G * CELL, -65, 90
+    camera.distance, camera.elevation, camera.azimuth = AWAY * world.G * CELL, ELEVATION, 90
     try:
         renderer = mujoco.Renderer(model, size, size)
-    except Exception as error:  # each backend has errors of its own
+    except (RuntimeError, ImportError, AttributeError, OSError, mujoco.FatalError) as error:
         raise RuntimeError(f"no OpenGL driver to draw with, MUJOCO_GL={os.environ['MUJOCO_GL']} "
                            f"({type(error).__name__}): install EGL or OSMesa, or set MUJOCO_GL to "
                            f"egl, osmesa or glfw") from None
@@ -482,7 +497,7 @@ class Walker(nn.Module):
         return self.value(seen)[..., 0].mean(0)  # (8, n, 1) -> (n,)
 
     def walk(self, noise):
-        """`walk` for ant_expert, in NumPy: a ~ N(mean, (noise * std)^2); 0 walks cleanly (C.4.4)."""
+        """`walk` for ant_expert, in NumPy: a ~ N(mean, (noise * std)^2); 0: cleanly (C.4.4)."""
         @torch.no_grad()
         def walk(felt):
             mean = self.actor(torch.from_numpy(felt))
@@ -673,7 +688,8 @@ class Demonstrations:
         walk = walker.walk(kind == "noisy")
         make_expert = lambda world, dist, rng, stuck: ant_expert(world, dist, rng, walk, stuck)
         rest, begun = [], time.time()
-        with open(folder / "sensed.f32", "wb") as sensed, open(folder / "action.f32", "wb") as action:
+        files = (open(folder / f"{name}.f32", "wb") for name in ("sensed", "action"))
+        with next(files) as sensed, next(files) as action:
             for k, size in enumerate(tqdm(portions, f"{kind} demonstrations", disable=None)):
                 rng = seed_everything(run.cfg.seed, "demonstrations", 2 * k + (kind == "clean"))
                 try:
@@ -914,6 +930,6 @@ class Ant:
         return ()  # torques say nothing to a reader
 
     @staticmethod
-    def draw(world, things, obs):
-        """obs (F,) -> an RGB picture (512, 512, 3)."""
-        return draw_ant(world, things, pose_of(world, obs), 512)
+    def picture(world, things, obs):
+        """things (O+W,), obs (F,) -> an RGB picture, and where on it, in pixels, the things lie."""
+        return draw_ant(world, things, pose_of(world, obs), 512), on_picture(world.G, 512)[things]

@@ -1,14 +1,17 @@
-"""Draw what the runs measured: `python figures.py --preset grid-small` reads runs/ and writes pictures into figures/grid-small/.
+"""Draw what the runs measured: `python figures.py --preset grid-small` reads runs/ and writes
+pictures into figures/grid-small/.
 
   1. curves     training losses against the exact bounds (envs.exact_bounds)
-  2. success    success against episodes, linear and log axis, median and quartiles over seeds (Fig. 8, A5)
+  2. success    success against episodes, linear and log axis, median and quartiles over seeds
+                (Fig. 8, A5)
   3. gate       gate against true subgoals in example episodes (Fig. 6, A3)
   4. film       a GIF of the agent at the post-training task, with its gate and its code
-  5. results    results.json: the numbers of every seed, from the runs' own logs; README's tables are these
+  5. results    results.json: the numbers of every seed, from the runs' own logs, and the table of
+                docs/results.md
 
-Each is drawn from the .jsonl logs and .pt files of all seeds found; one whose data is missing is skipped, saying so. Nothing is trained.
+Each is drawn from the .jsonl logs and .pt files of all seeds found; one whose data is missing is
+skipped, saying so. Nothing is trained.
 """
-import argparse
 import dataclasses
 import json
 import sys
@@ -23,193 +26,275 @@ import torch
 from matplotlib.animation import FuncAnimation, PillowWriter
 
 import train
-from envs import PALETTE, draw_ant, draw_grid, generate, pose_of
+from envs import PALETTE
 from internal_rl import internal_episodes
+from metacontroller import BETA_THRESHOLD
+from runs import (EVAL_SEED, Config, Parser, Refused, Run, finished, load_checkpoint, read_log,
+                  seed_everything, world_of)
 
-LABELS = {"policy": "internal RL", "policy-forced": "forced switching", "policy-cotrain": "co-training", "raw": "raw-action RL"}
+METHODS = {"policy": "internal RL", "policy-forced": "forced switching",
+           "policy-cotrain": "co-training", "raw": "raw-action RL"}
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00")  # told apart by colour-blind readers, too
 
 
 def open_run(folder, name):
     """A Run with the configuration that checkpoint `name` in this folder was made with."""
-    saved = torch.load(folder / f"{name}.pt", map_location="cpu", weights_only=True)["fingerprint"]
-    cfg = train.PRESETS[saved["preset"]]
-    asked = train.fingerprint(train.Run(cfg, saved["preset"], folder), name)
-    known = dataclasses.asdict(train.Config()) | saved  # a field younger than the checkpoint had its default (see train.difference)
-    cfg = dataclasses.replace(cfg, **{field: known[field] for field in asked if field != "preset"})
-    return train.Run(cfg, saved["preset"], folder, extend=False)
+    saved = load_checkpoint(folder / f"{name}.pt")["fingerprint"]
+    known = {f.name: saved[f.name] for f in dataclasses.fields(Config) if f.name in saved}
+    return Run(dataclasses.replace(train.PRESETS[saved["preset"]], **known), saved["preset"],
+               folder, extend=False)
 
 
 def ready(folder, name):
     """Is there a checkpoint `name` whose training has ended?"""
-    return (folder / f"{name}.pt").exists() and train.finished(open_run(folder, name), name)
+    return (folder / f"{name}.pt").exists() and finished(open_run(folder, name), name)
 
 
 def logs(folders, name):
     """The logs of all seeds whose training has ended."""
-    return [train.read_log(train.Run(None, "", folder), name) for folder in folders if ready(folder, name)]
+    return [read_log(folder, name) for folder in folders if ready(folder, name)]
 
 
 def save(figure, path):
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
     print(f"wrote {path}")
 
 
-# ------------------------------------------------------------------------------------------------ 1. curves
+# -------------------------------------------------------------------------------------- 1. curves
 
 def draw_curves(folders, to):
-    panels = [(name, title, logs(folders, name)) for name, title in
-              (("base", "stage 1: base model"), ("control", "C.3: true subgoals"), ("meta", "stage 2: metacontroller"))]
-    panels = [panel for panel in panels if panel[2]]
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), squeeze=False)
-    for axis, (_, title, seeds) in zip(axes[0], panels):
+    titles = {"base": "stage 1: base model", "control": "C.3: true subgoals",
+              "meta": "stage 2: metacontroller"}
+    panels = {title: logs(folders, name) for name, title in titles.items()}
+    panels = {title: seeds for title, seeds in panels.items() if seeds}
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), sharey=True,
+                                squeeze=False)
+    for axis, (title, seeds) in zip(axes[0], panels.items()):
         for log in seeds:
-            axis.plot([line["step"] for line in log], [line["nll"] for line in log], color="tab:blue", alpha=.7)
-        if seeds[0][-1].get("bayes") is not None:  # the ant's NLL has no exact bounds
-            axis.axhline(seeds[0][-1]["bayes"], color="black", ls="--", lw=1, label="Bayes-optimal, goal unknown")
-            axis.axhline(seeds[0][-1]["known"], color="black", ls=":", lw=1, label="goal known")
-            axis.legend(fontsize=7)
-        axis.set(title=f"{title} ({len(seeds)} seeds)", xlabel="step", ylabel="action NLL, nats")
+            axis.plot([line["step"] for line in log], [line["nll"] for line in log],
+                      color=COLOURS[0], alpha=.7)
+        for key, text in (("bayes", "Bayes-optimal, goal unknown"), ("known", "goal known")):
+            bound = seeds[0][-1].get(key)  # the ant's NLL has no exact bounds
+            if bound is not None:
+                axis.axhline(bound, color="black", ls="--" if key == "bayes" else ":", lw=1)
+                axis.annotate(text, (1, bound), xycoords=("axes fraction", "data"), fontsize=7,
+                              ha="right", va="bottom", xytext=(-3, 1), textcoords="offset points")
+        axis.set(title=f"{title} ({seeds_of(seeds)})", xlabel="optimiser step")
+    axes[0, 0].set_ylabel("action NLL, nats")
     save(figure, to / "curves.png")
 
 
-# ------------------------------------------------------------------------------------------------ 2. success (Fig. 8, A5)
+def seeds_of(seeds):
+    return f"{len(seeds)} seed" + "s" * (len(seeds) > 1)
+
+
+# ----------------------------------------------------------------------- 2. success (Fig. 8, A5)
 
 def draw_success(folders, to):
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
-    for name, colour in zip(LABELS, ("tab:blue", "tab:orange", "tab:green", "tab:red")):
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8))
+    texts = []
+    for (name, label), colour in zip(METHODS.items(), COLOURS):
         seeds = logs(folders, name)
         if not seeds:
             continue
         curves = [{line["episodes"]: line["eval_success"] for line in log} for log in seeds]
-        episodes = sorted(set.intersection(*(set(curve) for curve in curves)))  # at which every seed was evaluated
-        success = np.array([[curve[n] for n in episodes] for curve in curves])  # (seeds, evaluations)
+        episodes = sorted(set.intersection(*map(set, curves)))  # where every seed was evaluated
+        success = np.array([[curve[n] for n in episodes] for curve in curves])  # (seeds, points)
         low, middle, high = np.quantile(success, (.25, .5, .75), axis=0)
         for axis in axes:
-            axis.plot(episodes, middle.clip(2e-4), color=colour, label=f"{LABELS[name]} ({len(seeds)} seeds)")
+            axis.plot(episodes, middle, color=colour, marker=".", clip_on=False)
             axis.fill_between(episodes, low, high, color=colour, alpha=.25, lw=0)
-    for axis, scale in zip(axes, ("linear", "log")):
-        axis.set(xlabel="episodes", ylabel="success on the post-training task", yscale=scale)
-        axis.set_ylim(*((-.02, 1.02) if scale == "linear" else (1.5e-4, 1.2)))  # 0 of 2,000 is drawn at 2e-4
-    axes[0].legend(fontsize=8)
+        texts.append((middle[-1], episodes[-1], f"{label} ({seeds_of(seeds)})", colour))
+    for k, (y, x, text, colour) in enumerate(sorted(texts)):  # labels at the ends, none on another
+        axes[0].annotate(text, (x, y), color=colour, fontsize=8, va="center",
+                         xytext=(1.03, .06 + .24 * k), textcoords="axes fraction")
+    for axis, scale in zip(axes, ("linear", "symlog")):
+        axis.set(xlabel="episodes", ylabel="success, post-training task", ylim=(0, 1))
+        if scale == "symlog":  # linear below 1e-3, so that 0 is at 0
+            axis.set_yscale(scale, linthresh=1e-3)
+            axis.set_yticks([0, 1e-3, 1e-2, 1e-1, 1], ["0", "0.001", "0.01", "0.1", "1"])
+    figure.subplots_adjust(wspace=.75)
     save(figure, to / "success.png")
 
 
-# ------------------------------------------------------------------------------------------------ 3. gate (Fig. 6, A3)
+# -------------------------------------------------------------------------- 3. gate (Fig. 6, A3)
 
 def draw_gate(folder, to, episodes=4):
     run = open_run(folder, "meta")
     base, meta = train.discover(run)
-    world = train.world_of(run.cfg)
-    rng = train.seed_everything(train.EVAL_SEED, "eval", 9)
-    ant = world.body == "ant"
-    data = train.Demonstrations(run, "clean", train.expert(run))[np.arange(episodes)] if ant else generate(world, rng, episodes)
+    seed_everything(EVAL_SEED, "eval", 9)
+    data, _ = train.BODIES[run.cfg.body].examination(run, clean=True)
+    data = data[np.arange(episodes)]
     with torch.no_grad():
         reading = base.reading(base.lower(torch.from_numpy(data.obs())))
-        _, beta, _, _ = meta(reading, torch.from_numpy(data.length) + 1, torch.randn(*data.subgoal.shape, meta.n_z))
-    figure, axes = plt.subplots(episodes, 1, figsize=(8, 1.3 * episodes), sharex=True, sharey=True)
+        noise = torch.randn(*data.subgoal.shape, meta.n_z)
+        _, beta, _, _ = meta(reading, torch.from_numpy(data.length) + 1, noise)
+    figure, axes = plt.subplots(episodes, 1, figsize=(8, 1.25 * episodes), sharex=True, sharey=True)
+    subgoals = ["-".join(map(str, subgoal)) for subgoal in world_of(run.cfg).subgoals]
     for n, axis in enumerate(axes):
         T = data.length[n]
-        begin = np.flatnonzero(np.diff(data.subgoal[n, :T], prepend=-1))  # (subgoals of the episode,)
+        begin = np.flatnonzero(np.diff(data.subgoal[n, :T], prepend=-1))  # (subgoals,)
         for a, b in zip(begin, [*begin[1:], T]):
-            axis.axvspan(a - .5, b - .5, color=PALETTE[data.subgoal[n, a] % len(PALETTE)] / 255, alpha=.3, lw=0)
-        axis.step(np.arange(T), beta[n, :T], where="mid", color="black")
-        axis.set(ylabel="gate", ylim=(-.05, 1.05), xlim=(-.5, data.length.max() - .5))
-    axes[-1].set_xlabel("step (colour: true subgoal; line: switching gate)")
+            k = data.subgoal[n, a]
+            axis.axvspan(a - .5, b - .5, color=PALETTE[k % len(PALETTE)] / 255, alpha=.3, lw=0)
+            axis.text((a + b - 1) / 2, 1.08, subgoals[k], ha="center", va="bottom", fontsize=8)
+        # A bar for each step, so that two openings side by side are two. The first is open by
+        # construction: an outline.
+        axis.bar(np.arange(1, T), beta[n, 1:T].numpy(), width=.7, color="black")
+        axis.bar(0, 1, width=.7, color="none", edgecolor="black")
+        axis.axhline(BETA_THRESHOLD, color="black", ls=":", lw=.5)
+        axis.set(ylabel="gate", ylim=(0, 1.05), xlim=(-.5, data.length.max() - .5))
+        axis.set_yticks([0, .5, 1])
+    axes[-1].set_xlabel("step (background and number: true subgoal; outline: open by construction)")
+    figure.subplots_adjust(hspace=.45)
     save(figure, to / "gate.png")
 
 
-# ------------------------------------------------------------------------------------------------ 4. film
+# ---------------------------------------------------------------------------------------- 4. film
 
 def draw_film(folder, to):
     run = open_run(folder, "policy")
+    body, world = train.BODIES[run.cfg.body], world_of(run.cfg)
     base, meta, policy = train.rl(run)
-    world = train.world_of(run.cfg)
-    data, success, env = internal_episodes(base, meta, world, train.seed_everything(train.EVAL_SEED, "eval", 10), 64, policy)
-    n = int(np.flatnonzero(success)[0]) if success.any() else int(data.length.argmax())  # a success if there is one; the title says
-    T, ant = int(data.length[n]), world.body == "ant"
+    rng = seed_everything(EVAL_SEED, "eval", 10)
+    data, success, env = internal_episodes(base, meta, world, rng, 64, policy)
+    # A success if there is one; the title says which it is.
+    n = int(np.flatnonzero(success)[0]) if success.any() else int(data.length.argmax())
+    film(to / "agent.gif", body, world, data, n, env, "success" if success[n] else "failure")
+
+
+def film(path, body, world, data, n, env, end):
+    """A GIF of episode n: the board with colour numbers, the gate and the code below."""
+    T = int(data.length[n])
     obs, gate, code = data.obs()[n], env.gates[n, :T].numpy(), env.codes[n, :T].numpy().T
-    figure, (left, above, below) = plt.subplots(1, 3, figsize=(9, 3.2), width_ratios=(1, 1.1, 1.1))
     task = "-".join(map(str, world.post_task))
+    figure, (board, above, below) = plt.subplots(3, 1, figsize=(4.6, 6.4),
+                                                 height_ratios=(4.4, .8, .9))
+    figure.subplots_adjust(left=.14, right=.96, top=.93, bottom=.08, hspace=.25)
 
     def frame(t):
-        for axis in (left, above, below):
+        for axis in (board, above, below):
             axis.clear()
-        left.imshow(draw_ant(world, data.things[n], pose_of(world, obs[t])) if ant else draw_grid(world, obs[t]))
-        for k in range(0 if ant else world.O):
-            row, column = divmod(int(obs[t, k]), world.G)
-            left.text(column * 32 + 4, row * 32 + 9, str(k), fontsize=8)
-        left.set(title=f"{task}: {data.visited(n) if t == T else ''}", xticks=[], yticks=[])
-        above.step(np.arange(min(t + 1, T)), gate[:t + 1], where="mid", color="black")
-        above.set(title="gate", xlim=(-.5, T), ylim=(-.05, 1.05), xlabel="step")
-        below.imshow(np.where(np.arange(T) <= t, code, np.nan), aspect="auto", cmap="coolwarm", vmin=-2.5, vmax=2.5)
-        below.set(title=f"code z ({'success' if success[n] else 'failure'})", xlabel="step", yticks=[])
+        picture, places = body.picture(world, data.things[n], obs[t])
+        board.imshow(picture)
+        for k, (x, y) in enumerate(places[:world.O]):
+            board.text(x, y, str(k), fontsize=11, weight="bold", color="white", ha="center",
+                       va="center")
+        board.set(title=f"task {task}" + (f"   visited {data.visited(n)}: {end}" if t == T else ""),
+                  xticks=[], yticks=[])
+        shown = np.arange(min(t + 1, T))
+        above.bar(shown, gate[shown], width=.8, color="black")
+        above.set(ylabel="gate", xlim=(-.5, T - .5), ylim=(0, 1), xticks=[], yticks=[0, 1])
+        seen = np.where(np.arange(T) <= t, code, np.nan)  # (n_z, T)
+        below.imshow(seen, aspect="auto", cmap="coolwarm", vmin=-2.5, vmax=2.5)
+        below.set(ylabel="code z", xlabel="step", yticks=[])
 
-    figure.tight_layout()
-    times = sorted({*range(0, T, 4 if ant else 1), T})
-    FuncAnimation(figure, frame, frames=times).save(to / "agent.gif", PillowWriter(fps=10 if ant else 3), dpi=70)
+    times = sorted({*range(0, T, max(1, T // 60)), T})
+    movie = FuncAnimation(figure, frame, frames=times)
+    movie.save(path, PillowWriter(fps=10 if T > 60 else 3), dpi=70)
     plt.close(figure)
-    print(f"wrote {to / 'agent.gif'}")
+    print(f"wrote {path}")
 
 
-# ------------------------------------------------------------------------------------------------ 5. results
+# ------------------------------------------------------------------------------------- 5. results
 
 def seed_results(folder):
     """The numbers of one seed, for results.json. None where something has not been run.
 
-    bayes_gap_closed, switch_f1 (exact step), switch_f1_1 (+-1), switch_f1_5, undecided (gates): shares. code_identity: share of its maximum. *_success: share
-    of fresh episodes of the post-training task; rl_success_normalised: divided by the ant's expert's. nll: of the base, nats per action; right_turns*: see
-    internal_rl.right_turns. gate_*: see internal_rl.opened_at_arrivals. *_episodes: episodes trained on. raw_unchanged: raw RL's weights are still the base's, bit for bit: no episode was ever rewarded. minutes: the path of `--stage rl`, rivals but
-    raw excluded, the ant's demonstrations included and its walker not; base_minutes: the part of the base.
+    bayes_gap_closed, switch_f1 (exact step), switch_f1_1 (+-1), switch_f1_5, undecided (gates),
+    code_none: shares. code_identity: share of ln S. *_success: share of fresh episodes of the
+    post-training task; rl_success_normalised: divided by the ant's expert's. nll: of the base, nats
+    per action; right_turns*: see ant.right_turns. gate_*: see analysis.opened_at_arrivals.
+    kl_open, kl_shut: nats per step. *_episodes: episodes trained on. raw_unchanged: raw RL's
+    weights are still the base's, bit for bit: no episode was ever rewarded. minutes: the path of
+    `--stage rl`, rivals but raw excluded, demonstrations included and the walker not;
+    base_minutes: the part of the base.
     """
-    last = {name: (logs([folder], name) or [[{}]])[0][-1] for name in ("base", "control", "meta", "policy", "raw")}
-    read = lambda name: json.loads((folder / name).read_text()) if (folder / name).exists() else {}
-    plain, base, meta, identity = read("eval.json"), last["base"], last["meta"], last["meta"].get("code_identity")
-    weights = lambda name: torch.load(folder / f"{name}.pt", map_location="cpu", weights_only=True)["model"]
-    unchanged = all(torch.equal(a, b) for a, b in zip(weights("base").values(), weights("raw").values())) if last["raw"] else None
-    made = [read(f"demonstrations-{kind}/made.json").get("seconds", 0) for kind in ("noisy", "clean")]
+    last = {name: (logs([folder], name) or [[{}]])[0][-1]
+            for name in ("base", "control", "meta", "policy", "raw")}
+
+    def read(name):
+        return json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+
+    plain, base, meta = read("eval.json"), last["base"], last["meta"]
+    unchanged = None
+    if last["raw"]:
+        before, after = (load_checkpoint(folder / f"{x}.pt")["model"] for x in ("base", "raw"))
+        unchanged = all(torch.equal(a, b) for a, b in zip(before.values(), after.values()))
+    made = [read(f"demonstrations-{kind}/made.json").get("seconds", 0)
+            for kind in ("noisy", "clean")]
+    identity = meta.get("code_identity")
     expert = plain.get("expert_success")
-    own = ({"bayes_gap_closed": base.get("gap_closed")} if "right_turns" not in base else
-           {"expert_success": expert, "nll": base.get("nll"), "right_turns": base.get("right_turns"),
-            "right_turns_bayes": base.get("right_turns_bayes"), "right_turns_blind": base.get("right_turns_blind"), "switch_f1_5": meta.get("f1_5"),
-            "transplant_with": plain.get("transplant_with"),
-            "transplant_without": plain.get("transplant_without"),
-            "rl_success_normalised": plain["rl_success"] / expert if expert and "rl_success" in plain else None})
-    return {"seed": int(folder.name.removeprefix("seed")), **own,
-            "control_success": plain.get("control_success"), "switch_f1": meta.get("f1"), "switch_f1_1": meta.get("f1_1"),
-            "undecided": meta.get("undecided"), "code_identity": identity and identity / meta["code_identity_max"], "code_success": plain.get("code_success"),
-            "rl_success": plain.get("rl_success"), "rl_episodes": last["policy"].get("episodes"),
-            "gate_next_door": plain.get("gate_next_door"), "gate_elsewhere": plain.get("gate_elsewhere"),
-            "raw_success": plain.get("raw_success"), "raw_episodes": last["raw"].get("episodes"), "raw_unchanged": unchanged,
-            "forced_success": read("eval-forced.json").get("rl_success"), "cotrain_success": read("eval-cotrain.json").get("rl_success"),
-            "blind_success": plain.get("blind_success"), "minutes": sum(made) / 60 + sum(line.get("seconds", 0) for line in last.values()) / 60,
-            "base_minutes": base.get("seconds", 0) / 60}
+    normalised = plain["rl_success"] / expert if expert and "rl_success" in plain else None
+    seconds = sum(made) + sum(line.get("seconds", 0) for line in last.values())
+    numbers = {
+        "seed": int(folder.name.removeprefix("seed")),
+        "bayes_gap_closed": base.get("gap_closed"), "expert_success": expert,
+        "nll": base.get("nll"),
+        **{key: base.get(key) for key in ("right_turns", "right_turns_bayes", "right_turns_blind")},
+        "control_success": plain.get("control_success"), "switch_f1": meta.get("f1"),
+        "switch_f1_1": meta.get("f1_1"), "switch_f1_5": meta.get("f1_5"),
+        **{key: meta.get(key) for key in ("undecided", "kl_open", "kl_shut", "code_none")},
+        "code_identity": identity and identity / meta["code_identity_max"],
+        **{key: plain.get(key) for key in ("transplant_with", "transplant_without", "code_success",
+                                           "rl_success")},
+        "rl_success_normalised": normalised, "rl_episodes": last["policy"].get("episodes"),
+        "gate_next_door": plain.get("gate_next_door"),
+        "gate_elsewhere": plain.get("gate_elsewhere"), "raw_success": plain.get("raw_success"),
+        "raw_episodes": last["raw"].get("episodes"), "raw_unchanged": unchanged,
+        "forced_success": read("eval-forced.json").get("rl_success"),
+        "cotrain_success": read("eval-cotrain.json").get("rl_success"),
+        "blind_success": plain.get("blind_success"), "minutes": seconds / 60,
+        "base_minutes": base.get("seconds", 0) / 60}
+    own = ("expert_success", "nll", "right_turns", "right_turns_bayes", "right_turns_blind",
+           "switch_f1_5", "transplant_with", "transplant_without", "rl_success_normalised")
+    skipped = ("bayes_gap_closed",) if "right_turns" in base else own
+    return {key: value for key, value in numbers.items() if key not in skipped}
 
 
 RIVALS = ("forced_success", "cotrain_success")  # evaluated by themselves, see train.evaluate
-ROWS = (("base: share of the gap to Bayes closed", "bayes_gap_closed", "{:.1%}"), ("base: NLL, nats per action", "nll", "{:.2f}"),
-        ("base: right turns", "right_turns", "{:.3f}"), ("Bayes-optimal: right turns", "right_turns_bayes", "{:.3f}"),
-        ("goal-blind: right turns", "right_turns_blind", "{:.3f}"),
-        ("the ant's expert, success", "expert_success", "{:.3f}"), ("true-subgoal controllers (C.3), success", "control_success", "{:.3f}"),
-        ("gate F1, exact step", "switch_f1", "{:.3f}"), ("gate F1, +-1 step", "switch_f1_1", "{:.3f}"), ("gate F1, +-5 steps", "switch_f1_5", "{:.3f}"),
-        ("gates between .1 and .9", "undecided", "{:.1%}"),
-        ("code identity, share of its maximum", "code_identity", "{:.1%}"), ("transplanted code (B.3.2), success", "transplant_with", "{:.3f}"),
-        ("the same without the code", "transplant_without", "{:.3f}"), ("codes from the prior, success", "code_success", "{:.4f}"),
-        ("**internal RL, success**", "rl_success", "{:.3f}"), ("divided by the expert's", "rl_success_normalised", "{:.3f}"),
-        ("the gate opens at an arrival straight from another colour", "gate_next_door", "{:.1%}"), ("from an empty cell", "gate_elsewhere", "{:.1%}"),
-        ("episodes of internal RL", "rl_episodes", "{:,}"),
-        ("raw-action RL, success", "raw_success", "{:.4f}"), ("episodes of raw-action RL", "raw_episodes", "{:,}"),
-        ("raw-action RL left the base's weights as they were", "raw_unchanged", "{}"),
-        ("forced switching, success", "forced_success", "{:.4f}"), ("co-training, success", "cotrain_success", "{:.4f}"),
-        ("blind sampling, success", "blind_success", "{:.5f}"), ("minutes", "minutes", "{:.0f}"),
-        ("of these, the base", "base_minutes", "{:.0f}"))
+ROWS = {
+    "bayes_gap_closed": ("base: share of the gap to Bayes closed", "{:.1%}"),
+    "nll": ("base: NLL, nats per action", "{:.2f}"),
+    "right_turns": ("base: right turns", "{:.3f}"),
+    "right_turns_bayes": ("Bayes-optimal: right turns", "{:.3f}"),
+    "right_turns_blind": ("goal-blind: right turns", "{:.3f}"),
+    "expert_success": ("the ant's expert, success", "{:.3f}"),
+    "control_success": ("true-subgoal controllers (C.3), success", "{:.3f}"),
+    "switch_f1": ("gate F1, exact step", "{:.3f}"),
+    "switch_f1_1": ("gate F1, +-1 step", "{:.3f}"),
+    "switch_f1_5": ("gate F1, +-5 steps", "{:.3f}"),
+    "undecided": ("gates between .1 and .9", "{:.1%}"),
+    "kl_open": ("KL per step, gate open, nats", "{:.2f}"),
+    "kl_shut": ("KL per step, gate shut, nats", "{:.2f}"),
+    "code_identity": ("code identity, share of ln S", "{:.1%}"),
+    "code_none": ("codes that lead nowhere", "{:.1%}"),
+    "transplant_with": ("transplanted code (B.3.2), success", "{:.3f}"),
+    "transplant_without": ("the same without the code", "{:.3f}"),
+    "code_success": ("codes from the prior, success", "{:.4f}"),
+    "rl_success": ("**internal RL, success**", "{:.3f}"),
+    "rl_success_normalised": ("divided by the expert's", "{:.3f}"),
+    "gate_next_door": ("the gate opens at an arrival straight from another colour", "{:.1%}"),
+    "gate_elsewhere": ("from an empty cell", "{:.1%}"),
+    "rl_episodes": ("episodes of internal RL", "{:,}"),
+    "raw_success": ("raw-action RL, success", "{:.4f}"),
+    "raw_episodes": ("episodes of raw-action RL", "{:,}"),
+    "raw_unchanged": ("raw-action RL left the base's weights as they were", "{}"),
+    "forced_success": ("forced switching, success", "{:.4f}"),
+    "cotrain_success": ("co-training, success", "{:.4f}"),
+    "blind_success": ("blind sampling, success", "{:.5f}"),
+    "minutes": ("minutes", "{:.0f}"),
+    "base_minutes": ("of these, the base", "{:.0f}"),
+}
 
 
 def write_results(folders, preset, to):
-    """Put these seeds into this preset's entry of results.json and print the entry as the README's table. Other seeds and presets stay as they are.
+    """Put these seeds into this preset's entry of results.json and print the entry as a table.
+    Other seeds and presets stay as they are.
 
-    Of a seed that the file knows, a folder in which only rivals were evaluated adds their numbers, and rivals that it lacks keep theirs.
+    Of a seed that the file knows, a folder in which only rivals were evaluated adds their numbers,
+    and rivals that it lacks keep theirs.
     """
     path = to / "results.json"
     results = json.loads(path.read_text()) if path.exists() else {}
@@ -218,41 +303,51 @@ def write_results(folders, preset, to):
         new = seed_results(folder)
         old = known.get(new["seed"], {})
         rivals = {key: new[key] for key in RIVALS if new[key] is not None}
-        known[new["seed"]] = old | (rivals if old and not (folder / "eval.json").exists() else
-                                    {key: value for key, value in new.items() if key not in RIVALS or key not in old} | rivals)
+        if old and not (folder / "eval.json").exists():
+            known[new["seed"]] = old | rivals
+        else:
+            rest = {key: x for key, x in new.items() if key not in RIVALS or key not in old}
+            known[new["seed"]] = old | rest | rivals
     seeds = [known[k] for k in sorted(known)]
     results[preset] = {"seeds": seeds}
     path.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"wrote {path}\n\n| | " + " | ".join(f"seed {seed['seed']}" for seed in seeds) + " |\n" + "|---" * (len(seeds) + 1) + "|")
-    for title, key, form in ROWS:
+    print(f"wrote {path}\n\n| | " + " | ".join(f"seed {seed['seed']}" for seed in seeds) + " |")
+    print("|---" * (len(seeds) + 1) + "|")
+    for key, (title, form) in ROWS.items():
         if any(key in seed for seed in seeds):
-            print(f"| {title} | " + " | ".join("not run" if seed.get(key) is None else form.format(seed[key]) for seed in seeds) + " |")
+            cells = ["not run" if seed.get(key) is None else form.format(seed[key])
+                     for seed in seeds]
+            print(f"| {title} | " + " | ".join(cells) + " |")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser("figures.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--preset", choices=train.PRESETS, default="grid-small")
     parser.add_argument("--out", default="runs", help="folder that train.py wrote to")
-    parser.add_argument("--to", default="figures", help="folder for results.json and, in a folder for each preset, the pictures")
+    parser.add_argument("--to", default="figures", help="folder for results.json and, in a folder "
+                        "for each preset, the pictures")
     args = parser.parse_args(argv)
     folders = sorted((Path(args.out) / args.preset).glob("seed*"))
     if not folders:
-        print(f"figures.py: nothing in {Path(args.out) / args.preset}; run train.py --preset {args.preset} first", file=sys.stderr)
+        print(f"figures.py: nothing in {Path(args.out) / args.preset}; run train.py --preset "
+              f"{args.preset} first", file=sys.stderr)
         return 2
     to = Path(args.to)
     pictures = to / args.preset
     pictures.mkdir(parents=True, exist_ok=True)
-    for draw, name, seeds in ((draw_curves, "base", "all"), (draw_success, "policy", "all"),
-                              (draw_gate, "meta", "one"), (draw_film, "policy", "one")):
-        try:  # only finished checkpoints: an unfinished one would be trained on
+    whole = {draw_curves: "base", draw_success: "policy"}
+    one = {draw_gate: "meta", draw_film: "policy"}
+    try:
+        for draw, name in (whole | one).items():
+            # Only finished checkpoints: an unfinished one would be trained on.
             have = [folder for folder in folders if ready(folder, name)]
             if not have:
                 print(f"{draw.__name__}: no finished {name}.pt, skipped")
             else:
-                draw(have if seeds == "all" else have[0], pictures)
-        except train.Refused as refusal:
-            print(f"figures.py: {refusal}", file=sys.stderr)
-            return 2
+                draw(have if draw in whole else have[0], pictures)
+    except (Refused, RuntimeError) as refusal:  # RuntimeError: no driver to draw with
+        print(f"figures.py: {refusal}", file=sys.stderr)
+        return 2
     write_results(folders, args.preset, to)
     return 0
 

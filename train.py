@@ -34,7 +34,7 @@ import torch
 import ant
 from analysis import (code_identity, control_loss, control_success, gate_scores, kl_by_gate,
                       opened_at_arrivals, transplant)
-from envs import exact_bounds, generate, symmetries
+from envs import draw_grid, exact_bounds, generate, symmetries
 from internal_rl import Policy, internal_episodes, internal_rl_step, play, raw_rl_step
 from metacontroller import BETA_THRESHOLD, Decoder, Metacontroller, discovery_loss
 from model import GridParts, SequenceModel, pretraining_loss
@@ -244,6 +244,13 @@ class Grid:
         return ("subgoal " + "".join(map(str, data.subgoal[0, :T])),
                 "expert  " + "".join(arrows[a] for a in data.action[0, :T]),
                 "model   " + "".join(arrows[a] for a in logits[0, :T].argmax(-1).tolist()))
+
+    @staticmethod
+    def picture(world, things, obs):
+        """things (O+W,), obs (K,) -> an RGB picture, and where on it, in pixels, the things lie:
+        (O+W, 2), x and y."""
+        picture = draw_grid(world, obs, 64)
+        return picture, np.stack([things % world.G, things // world.G], axis=1) * 64 + 32
 
 
 BODIES = {"point": Grid, "ant": ant.Ant}

@@ -23,8 +23,9 @@ TASK_SETS["errands"] = (
 def opengl():
     """Skip, with the reason, where no picture of the ant can be drawn."""
     import ant
+    from envs import World
     try:
-        ant.draw_ant(ant.World(G=4, O=4, W=1, T=9, task_set="singles", body="ant"),
+        ant.draw_ant(World(G=4, O=4, W=1, T=9, task_set="singles", body="ant"),
                      ant.np.arange(5), ant.ant_model().qpos0)
     except RuntimeError as error:
         pytest.skip(str(error))
