@@ -18,7 +18,7 @@ from internal_rl import play
 from metacontroller import BETA_THRESHOLD
 from model import action_nll, masked_mean
 
-# ------------------------------------------------------------------------------------ 1. the gate
+# -------------------------------------------------------------------------------------- 1. the gate
 
 def gate_scores(beta, true, mask):
     """How well the gate finds the subgoal changes. beta (B, T) in [0, 1]; true, mask (B, T) bool,
@@ -76,7 +76,7 @@ def opened_at_arrivals(world, data, gates):
     return opened[on_colour], opened[~on_colour]
 
 
-# -------------------------------------------------------------------------- 2. true subgoals (C.3)
+# --------------------------------------------------------------------------- 2. true subgoals (C.3)
 
 def control_loss(base, decoder, obs, action, subgoal, mask):
     """C.3: action NLL (nats per step) when z_t is the one-hot of the true subgoal and the gate is
@@ -105,7 +105,7 @@ def control_success(base, decoder, world, rng, n):
     return success.mean().item()
 
 
-# --------------------------------------------------------------------------------------- 3. codes
+# ----------------------------------------------------------------------------------------- 3. codes
 
 def steer_by_code(decoder):
     """A `steer`: hold the code in state["z"] (n, n_z) for the whole episode."""

@@ -43,15 +43,27 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from envs import (PALETTE, WORLDS, GridWorlds, Pinpad, Trajectories, concatenate,
-                  contents_table, distances, exact_bounds, expert_probs, generate,
-                  neighbour_table, sample_layouts, simulate)
+from envs import (
+    PALETTE,
+    WORLDS,
+    GridWorlds,
+    Pinpad,
+    Trajectories,
+    concatenate,
+    contents_table,
+    distances,
+    exact_bounds,
+    expert_probs,
+    generate,
+    neighbour_table,
+    sample_layouts,
+    simulate,
+)
 from internal_rl import clipped_loss
 from model import GaussianHead, gaussian_logp, linear
-from runs import (EVAL_SEED, Refused, Training, digest, seed_everything, world_of,
-                  write_atomically)
+from runs import EVAL_SEED, Refused, Training, digest, seed_everything, world_of, write_atomically
 
-# ------------------------------------------------------------------------------ 1. the observation
+# ------------------------------------------------------------------------------- 1. the observation
 
 HEIGHT = 0                 # of the torso; symlog of metres
 QUATERNION = slice(1, 5)   # of the torso, w x y z with w >= 0; symlog
@@ -82,7 +94,7 @@ def symexp(x):
     return lib.sign(x) * lib.expm1(abs(x))
 
 
-# ------------------------------------------------------------------------------------- 2. the body
+# -------------------------------------------------------------------------------------- 2. the body
 # Physics: gymnasium's Ant-v5, its time step and its 5 physics steps per action. NOT in paper:
 # MuJoCo's integrator implicitfast instead of RK4, which evaluates the forces four times a step.
 # The two bodies walk alike, and not bit for bit alike: an expert belongs to its integrator.
@@ -217,7 +229,7 @@ class Ants:
         return (self.qpos[:, 2] < HEIGHTS[0]) | (self.qpos[:, 2] > HEIGHTS[1])
 
 
-# ----------------------------------------------------------------------------------- 3. symmetries
+# ------------------------------------------------------------------------------------ 3. symmetries
 # With limb 1 called 2, 2 called 3 and so on, seen from a torso that faces a quarter turn less, it
 # is the same ant; and in a mirror it is an ant, too. Symmetry g: g >= 4 mirrors, right for left;
 # then g % 4 quarter turns.
@@ -291,7 +303,7 @@ def turned(g, obs, action):
     return new, action.gather(-1, motors[0]) * motors[1]  # (B, T, 8)
 
 
-# ------------------------------------------------------------------------------------ 4. AntWorlds
+# ------------------------------------------------------------------------------------- 4. AntWorlds
 
 def cell_centres(G):
     """(C, 2) metres: x to the right, y up, the board's centre at 0."""
@@ -370,7 +382,7 @@ class AntWorlds(GridWorlds):
 WORLDS["ant"] = AntWorlds
 
 
-# ------------------------------------------------------------------------------------ 5. AntPinpad
+# ------------------------------------------------------------------------------------- 5. AntPinpad
 
 class AntPinpad(Pinpad):
     """ant-pinpad (A.2) for gymnasium: `gym.make("ant:AntPinpad-v0")`; the paper's world by default.
@@ -451,7 +463,7 @@ def draw_ant(world, things, qpos, size=256):
         return renderer.render()
 
 
-# ------------------------------------------------------------------------------- 6. Walker (C.1.1)
+# -------------------------------------------------------------------------------- 6. Walker (C.1.1)
 # NOT in paper, whose expert is one agent that sees the whole board, a hint on the shortest path in
 # every cell included. What such an agent needs to know is the hint of the cell that it is in. So
 # what is learned here is to walk along a heading, which `ant_expert` reads off the board.
@@ -648,7 +660,7 @@ def expert_success(run, walker, tasks, n=256, noise=1.):
     return float(simulate(world, tasks, things, agent, act, rng)[1].mean())
 
 
-# ------------------------------------------------------------------------------- 7. demonstrations
+# -------------------------------------------------------------------------------- 7. demonstrations
 
 HELD_OUT = 512  # of each set, the first so many episodes are for evaluation only
 
@@ -747,7 +759,7 @@ def thinned(batch, G, share):
     return thin | {"obs": obs[rows, seen], "mask": keep[rows, steps]}
 
 
-# ------------------------------------------------------------------------------------- 8. AntParts
+# -------------------------------------------------------------------------------------- 8. AntParts
 
 class BodyEmbedding(nn.Module):
     """An observation (B, T, F) -> e_0 (B, T, D): a matrix times it, and times what it implies.
@@ -802,7 +814,7 @@ class AntParts:
         return GaussianHead(width, senses(self.world))
 
 
-# ---------------------------------------------------------------------------------- 9. right turns
+# ----------------------------------------------------------------------------------- 9. right turns
 
 def by_cells(world, data):
     """Episodes cell by cell, as the grid would have recorded them: Trajectories (N, M) whose steps

@@ -36,7 +36,7 @@ ACTIONS = ("up", "right", "down", "left")
 UNREACHABLE = 10_000  # larger than any path, small enough for int16 arithmetic
 WORLDS = {}  # body -> the class that steps N worlds of it at once: a registry
 
-# ---------------------------------------------------------------------------------- 1. task sets
+# ------------------------------------------------------------------------------------- 1. task sets
 # A task is a sequence of colours. A subgoal is a run of colours that always appears whole. Each
 # entry: subgoals, pretraining tasks, post-training task. The last is never demonstrated.
 
@@ -169,7 +169,7 @@ class World:
         return labels[:len(task)]
 
 
-# ------------------------------------------------------------------------ 2. the rules, as tables
+# -------------------------------------------------------------------------- 2. the rules, as tables
 
 def sample_layouts(world, rng, n):
     """Draw n initial states: colours, walls and agent on distinct random cells (A.1.1).
@@ -232,7 +232,7 @@ def one_hot(world, obs):
     return vector
 
 
-# ---------------------------------------------------------------------------- 3. N worlds at once
+# ------------------------------------------------------------------------------ 3. N worlds at once
 
 class GridWorlds:
     """N gridworld-pinpads stepped together (A.1.1). A finished world stays as it is and pays
@@ -310,7 +310,7 @@ def start(world, tasks, things, agent, rng=None, threads=None):
     return WORLDS[world.body](world, tasks, things, agent, rng, threads)
 
 
-# ----------------------------------------------------------------------------- 4. gymnasium views
+# ------------------------------------------------------------------------------- 4. gymnasium views
 
 PALETTE = np.array([[230, 60, 60], [60, 120, 230], [60, 180, 90], [245, 190, 50], [150, 80, 200],
                     [70, 200, 210], [240, 130, 40], [235, 120, 180], [120, 90, 60],
@@ -435,7 +435,7 @@ def ascii_grid(world, obs):
     return "\n".join(" ".join(row) for row in text.reshape(world.G, world.G)) + "\n"
 
 
-# ------------------------------------------------------------------------ 5. the expert (C.1.1)
+# ---------------------------------------------------------------------------- 5. the expert (C.1.1)
 
 def distances(world, things):
     """Shortest paths by dynamic programming: dist (N, O, C) int16, steps from every cell to every
@@ -504,7 +504,7 @@ def grid_expert(world, dist, rng, stuck, eps=0.):
     return act
 
 
-# -------------------------------------------------------------------------------- 6. trajectories
+# ---------------------------------------------------------------------------------- 6. trajectories
 
 @dataclass
 class Trajectories:
@@ -636,7 +636,7 @@ def generate(world, rng, n, eps=0., expert=None, portion=8192):
     return concatenate(parts)[np.arange(n)]
 
 
-# -------------------------------------------------------------------------------- 7. exact bounds
+# ---------------------------------------------------------------------------------- 7. exact bounds
 
 def exact_bounds(world, data, eps=0.0):
     """What is knowable about the next action, in nats: two arrays (N, T), and the posterior over

@@ -29,8 +29,18 @@ import train
 from envs import PALETTE
 from internal_rl import internal_episodes
 from metacontroller import BETA_THRESHOLD
-from runs import (EVAL_SEED, Config, Parser, Refused, Run, finished, load_checkpoint, read_log,
-                  seed_everything, world_of)
+from runs import (
+    EVAL_SEED,
+    Config,
+    Parser,
+    Refused,
+    Run,
+    finished,
+    load_checkpoint,
+    read_log,
+    seed_everything,
+    world_of,
+)
 
 METHODS = {"policy": "internal RL", "policy-forced": "forced switching",
            "policy-cotrain": "co-training", "raw": "raw-action RL"}
@@ -61,7 +71,7 @@ def save(figure, path):
     print(f"wrote {path}")
 
 
-# -------------------------------------------------------------------------------------- 1. curves
+# ---------------------------------------------------------------------------------------- 1. curves
 
 def draw_curves(folders, to):
     titles = {"base": "stage 1: base model", "control": "C.3: true subgoals",
@@ -89,7 +99,7 @@ def seeds_of(seeds):
     return f"{len(seeds)} seed" + "s" * (len(seeds) > 1)
 
 
-# ----------------------------------------------------------------------- 2. success (Fig. 8, A5)
+# -------------------------------------------------------------------------- 2. success (Fig. 8, A5)
 
 def draw_success(folders, to):
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8))
@@ -118,7 +128,7 @@ def draw_success(folders, to):
     save(figure, to / "success.png")
 
 
-# -------------------------------------------------------------------------- 3. gate (Fig. 6, A3)
+# ----------------------------------------------------------------------------- 3. gate (Fig. 6, A3)
 
 def draw_gate(folder, to, episodes=4):
     run = open_run(folder, "meta")
@@ -151,7 +161,7 @@ def draw_gate(folder, to, episodes=4):
     save(figure, to / "gate.png")
 
 
-# ---------------------------------------------------------------------------------------- 4. film
+# ------------------------------------------------------------------------------------------ 4. film
 
 def draw_film(folder, to):
     run = open_run(folder, "policy")
@@ -197,7 +207,7 @@ def film(path, body, world, data, n, env, end):
     print(f"wrote {path}")
 
 
-# ------------------------------------------------------------------------------------- 5. results
+# --------------------------------------------------------------------------------------- 5. results
 
 def seed_results(folder):
     """The numbers of one seed, for results.json. None where something has not been run.

@@ -34,7 +34,7 @@ from envs import sample_layouts, simulate
 from metacontroller import BETA_THRESHOLD
 from model import Block, Hawk, action_nll, gaussian_logp, linear, sample_action
 
-# -------------------------------------------------------------------------------------- 1. player
+# ---------------------------------------------------------------------------------------- 1. player
 
 def select(state, rows):
     """Keep the given rows of every tensor in a nested dict / list."""
@@ -101,7 +101,7 @@ def play(base, world, tasks, rng, steer=None, state=None, layouts=None):
     return *simulate(world, tasks, things, agent, player, rng), player
 
 
-# ------------------------------------------------------------------------ 2. internal environment
+# -------------------------------------------------------------------------- 2. internal environment
 
 class InternalEnvironment:
     """Algorithms 1 and 2 for a batch: a `steer` for Player. Between two openings of the gate, base
@@ -160,7 +160,7 @@ class InternalEnvironment:
         return padded(reading), padded(z), padded(logp), mask
 
 
-# -------------------------------------------------------------------------------- 3. policy (D.3)
+# ---------------------------------------------------------------------------------- 3. policy (D.3)
 
 class Policy(nn.Module):
     """pi(z | e_1:t): one Hawk layer of width 256 (Table A13) over the readings at which the gate
@@ -203,7 +203,7 @@ def prior_sampler(n_z):
     return ask
 
 
-# ---------------------------------------------------------------------------- 4. update (C.5.2)
+# -------------------------------------------------------------------------------- 4. update (C.5.2)
 
 def relative_advantage(reward):
     """A_tau over the whole batch, no critic, no groups: reward (N,) -> (N,)."""
@@ -245,7 +245,7 @@ def update(parameters, optimizer, logp_of, old_logp, reward, mask, clip=.2, epoc
     return loss.item()
 
 
-# ---------------------------------------------------------------------------- 5. the two steps
+# --------------------------------------------------------------------------------- 5. the two steps
 
 def internal_episodes(base, meta, world, rng, n, policy=None):
     """Algorithm 3's inner loop: n episodes of the post-training task with codes from `policy`

@@ -38,7 +38,7 @@ from model import Block, Hawk, action_nll, linear, masked_mean, mlp
 
 BETA_THRESHOLD = 0.5  # Algorithm 1 and C.6: the gate is open where beta exceeds it
 
-# ---------------------------------------------------------------------- 1. decoder (Eq. 11, 18)
+# -------------------------------------------------------------------------- 1. decoder (Eq. 11, 18)
 
 class Decoder(nn.Module):
     """f_hyp: z -> U, of rank r (grid) or a full matrix (rank=0, ant). One hidden ReLU layer."""
@@ -77,7 +77,7 @@ class Decoder(nn.Module):
         return left @ right
 
 
-# ------------------------------------------------------------------------ 2. metacontroller (D.2)
+# -------------------------------------------------------------------------- 2. metacontroller (D.2)
 
 class SequenceEmbedder(nn.Module):
     """f_emb, Eq. 13: the whole sequence e_1:T in one vector s, by a Hawk layer (D.1.1) read at the
@@ -202,7 +202,7 @@ class Metacontroller(nn.Module):
         return beta, self.gru(e[:, None], h[None])[1][0]  # (B, 1, D) -> (1, B, n_h) -> (B, n_h)
 
 
-# ---------------------------------------------------------------------- 3. discovery loss (Eq. 9)
+# ------------------------------------------------------------------------ 3. discovery loss (Eq. 9)
 
 def kl_to_prior(mu, logvar):
     """KL(N(mu, Sigma) || N(0, I)) in nats, summed over the code: (..., n_z) -> (...). Eq. 8."""

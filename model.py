@@ -29,7 +29,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# -------------------------------------------------------------------------------- 1. small parts
+# ----------------------------------------------------------------------------------- 1. small parts
 
 def linear(inputs, outputs, scale=0.1):
     """nn.Linear with weights from N(0, scale / inputs), cut at 2 sigma, and zero bias (Tables
@@ -129,7 +129,7 @@ class GridParts:
         return linear(width, self.world.things * self.world.cells)
 
 
-# -------------------------------------------------------------------------------- 2. attention (D.1.2)
+# ----------------------------------------------------------------------------- 2. attention (D.1.2)
 
 def relative_buckets(T, buckets):
     """(T, T) int64: bucket of the distance i - j >= 0, the first half exactly, then logarithmic
@@ -190,7 +190,7 @@ class Attention(nn.Module):
         return {"k": like.new_zeros(shape), "v": like.new_zeros(shape)}
 
 
-# -------------------------------------------------------------------------------- 3. Hawk (D.1.1)
+# ---------------------------------------------------------------------------------- 3. Hawk (D.1.1)
 
 def scan(a, b, h0):
     """h_t = a_t * h_t-1 + b_t: a, b (B, T, W), h0 (B, W) -> h (B, T, W), by doubling: log2(T)
@@ -313,7 +313,7 @@ class Hawk(nn.Module):
         return {"tail": like.new_zeros(B, 3, D), "h": torch.zeros(B, D, device=like.device)}
 
 
-# -------------------------------------------------------------------------------- 4. block
+# ----------------------------------------------------------------------------------------- 4. block
 
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)): the pre-norm layer of D.1.1 and D.1.2."""
@@ -399,7 +399,7 @@ class SequenceModel(nn.Module):
         return [block.mixer.init_cache(B, T, like) for block in self.blocks]
 
 
-# -------------------------------------------------------------------------------- 6. the loss
+# -------------------------------------------------------------------------------------- 6. the loss
 
 def obs_nll(logits, next_obs):
     """-ln p(o_t+1 | o_1:t), nats: logits (B, T, K * C), next_obs (B, T, K) -> (B, T); of a body,

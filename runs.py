@@ -49,7 +49,7 @@ class Interrupted(Exception):
     """Ctrl-C or SIGTERM, its number given; the step that was under way is saved."""
 
 
-# ------------------------------------------------------------------------------ 1. configuration
+# --------------------------------------------------------------------------------- 1. configuration
 
 def option(default, group, text, body=""):
     """A field of Config. group: see GROUPS and DEPENDS; body: the only one it has a meaning for."""
@@ -87,7 +87,7 @@ class Config:
     base_wd: float = option(0.03, "base", "weight decay")
     thin: float = option(0., "base", "share of each stage's steps that see thinned episodes", "ant")
     thin_batch: int = option(128, "base", "episodes per step while they are thinned", "ant")
-    turn: bool = option(False, "base", "turn or reflect each episode of the base its own way", "ant")
+    turn: bool = option(False, "base", "turn or reflect the base's episodes", "ant")
     warmup: int = option(0, "base", "steps of linear warm-up, in every supervised stage")
     decay: float = option(0., "base", "last share of every supervised stage: rate falls to 0")
 
@@ -188,7 +188,8 @@ def memory_needed(cfg):
     batch = max(cfg.base_batch, cfg.control_batch, cfg.meta_batch)
     layouts = min(8192, 35 * batch) * cells * (2 * cfg.O + 4)  # paths and contents, in 4 bytes
     shortest = min(cfg.T, 10)  # steps that an episode has at least, in the longest batch
-    activations = batch * shortest * (cfg.layers * (8 * D + 2 * cfg.hidden) + 2 * D * cfg.meta_rank)
+    factors = 2 * D * max(cfg.rank, cfg.meta_rank)
+    activations = batch * shortest * (cfg.layers * (8 * D + 2 * cfg.hidden) + factors)
     return 4 * (4 * parameters + cache + bias + record + layouts + activations)
 
 
@@ -269,7 +270,7 @@ class Run:
     kept: dict = field(default_factory=dict)  # what a body has loaded once (ant.py: its walker)
 
 
-# -------------------------------------------------------------------------------- 2. checkpoints
+# ----------------------------------------------------------------------------------- 2. checkpoints
 
 CONTENT = {"fingerprint": dict, "dtype": str, "parent": (str, type(None)), "step": int,
            "seconds": float, "done": bool, "model": dict, "optimizer": dict, "sha256": str}
@@ -307,12 +308,15 @@ def load_checkpoint(path):
         if bad or foreign:  # TorchScript archives would make PyTorch talk
             raise ValueError(bad or "a TorchScript archive")
         saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if not isinstance(saved, dict):
+            raise TypeError("not a dict")
         for name, kind in CONTENT.items():
             if not isinstance(saved[name], kind) or isinstance(saved[name], bool) != (kind is bool):
                 raise TypeError(name)
         if saved["sha256"] != digest({k: v for k, v in saved.items() if k != "sha256"}):
             raise ValueError("sha256")
-        sound = all(x.dtype == torch.float32 and x.isfinite().all() for x in saved["model"].values())
+        sound = all(x.dtype == torch.float32 and x.isfinite().all()
+                    for x in saved["model"].values())
         known = saved["dtype"] in ("torch.float32", "torch.bfloat16")
         if not (sound and known and saved["step"] >= 0 and 0 <= saved["seconds"] < math.inf):
             raise ValueError("weights, dtype, step or seconds")
@@ -417,7 +421,7 @@ def read_log(folder, name):
         raise Refused(f"{path} is damaged: delete it and the checkpoint beside it") from None
 
 
-# ----------------------------------------------------------------------------------- 3. Training
+# -------------------------------------------------------------------------------------- 3. Training
 
 PURPOSES = ("init", "base", "control", "meta", "policy", "raw", "eval", "walker", "demonstrations")
 EVAL_SEED = 10 ** 6  # evaluation layouts are the same for every seed
@@ -560,7 +564,7 @@ class Stop:
             signal.signal(number, handler)
 
 
-# ------------------------------------------------------------------------------------- 4. device
+# ---------------------------------------------------------------------------------------- 4. device
 
 def choose_device(run):
     """Resolve device, dtype and compile, and print each choice with its reason."""
@@ -611,7 +615,7 @@ def autocast(run):
     return torch.autocast(run.device.type, torch.bfloat16, enabled=run.dtype == torch.bfloat16)
 
 
-# ------------------------------------------------------------------------------- 5. command line
+# ---------------------------------------------------------------------------------- 5. command line
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):

@@ -32,17 +32,42 @@ import numpy as np
 import torch
 
 import ant
-from analysis import (code_identity, control_loss, control_success, gate_scores, kl_by_gate,
-                      opened_at_arrivals, transplant)
+from analysis import (
+    code_identity,
+    control_loss,
+    control_success,
+    gate_scores,
+    kl_by_gate,
+    opened_at_arrivals,
+    transplant,
+)
 from envs import draw_grid, exact_bounds, generate, symmetries
 from internal_rl import Policy, internal_episodes, internal_rl_step, play, raw_rl_step
 from metacontroller import BETA_THRESHOLD, Decoder, Metacontroller, discovery_loss
 from model import GridParts, SequenceModel, pretraining_loss
-from runs import (EVAL_SEED, Config, Interrupted, Parser, Refused, Run, Training, add_options,
-                  autocast, check, choose_device, configured, finished, read_checkpoint,
-                  seed_everything, suffix, use_shipped, world_of, write_atomically)
+from runs import (
+    EVAL_SEED,
+    Config,
+    Interrupted,
+    Parser,
+    Refused,
+    Run,
+    Training,
+    add_options,
+    autocast,
+    check,
+    choose_device,
+    configured,
+    finished,
+    read_checkpoint,
+    seed_everything,
+    suffix,
+    use_shipped,
+    world_of,
+    write_atomically,
+)
 
-# ------------------------------------------------------------------------------------- 1. presets
+# --------------------------------------------------------------------------------------- 1. presets
 
 PRESETS = {
     # Seconds. Every stage runs; nothing is learned well. The tests use it.
@@ -89,7 +114,7 @@ PRESETS = {
         meta_batch=128, meta_lr=3e-4, rl_batch=256, rl_updates=51_200),
 }
 
-# ------------------------------------------------------------------------ 2. episodes and batches
+# -------------------------------------------------------------------------- 2. episodes and batches
 
 CHUNK = 32  # batches drawn at once: episodes of similar length share one, with little padding
 
@@ -134,7 +159,7 @@ def batches(run, purpose, size, clean, first, last, keep=.1):
                     yield step, batch
 
 
-# ---------------------------------------------------------------------- 3. views: what is steered
+# ------------------------------------------------------------------------ 3. views: what is steered
 
 SYMMETRIES = 8  # of the square: quarter turns and reflections
 
@@ -184,7 +209,7 @@ def view_of(batch, world, symmetric, splice, shuffle):
     return {"obs": seen, "action": action, "row": row, "step": step, "mask": scored}
 
 
-# --------------------------------------------------------------------------- 4. the grid's side
+# ------------------------------------------------------------------------------- 4. the grid's side
 
 class Grid:
     """What the stages need to know of a body; ant.Ant is the other one."""
@@ -256,7 +281,7 @@ class Grid:
 BODIES = {"point": Grid, "ant": ant.Ant}
 
 
-# --------------------------------------------------------------------- 5. what every stage uses
+# ------------------------------------------------------------------------- 5. what every stage uses
 
 def adamw(parameters, lr, wd):
     """parameters: an iterable of tensors, or a list of groups with learning rates of their own."""
@@ -317,7 +342,7 @@ def new_metacontroller(run):
                           cfg.forget).to(run.device)
 
 
-# -------------------------------------------------------------------------------- 6. the stages
+# ------------------------------------------------------------------------------------ 6. the stages
 
 def pretrain(run):
     """Stage 1 (C.1.2): the base model, frozen afterwards.
@@ -625,7 +650,7 @@ def evaluate(run):
     write_atomically(run.folder / f"eval{kind}.json", json.dumps(rates).encode())
 
 
-# ---------------------------------------------------------------------------- 7. the command line
+# ------------------------------------------------------------------------------ 7. the command line
 
 STAGES = {"expert": ant.expert, "pretrain": pretrain, "control": control, "discover": discover,
           "rl": rl, "eval": evaluate}

@@ -13,8 +13,12 @@ from envs import TASK_SETS  # noqa: E402
 # followed by fetch c+2 or c+3 (mod 4), so that the last task consists of unseen transitions only.
 TASK_SETS["errands"] = (
     "0-4 1-4 2-4 3-4",
-    " ".join(f"{a}-4-{(a + i) % 4}-4-{(a + i + j) % 4}-4"
-             for a in range(4) for i in (2, 3) for j in (2, 3)),
+    " ".join(
+        f"{a}-4-{(a + i) % 4}-4-{(a + i + j) % 4}-4"
+        for a in range(4)
+        for i in (2, 3)
+        for j in (2, 3)
+    ),
     "0-4-1-4-2-4-3-4",
 )
 
@@ -24,8 +28,12 @@ def opengl():
     """Skip, with the reason, where no picture of the ant can be drawn."""
     import ant
     from envs import World
+
     try:
-        ant.draw_ant(World(G=4, O=4, W=1, T=9, task_set="singles", body="ant"),
-                     ant.np.arange(5), ant.ant_model().qpos0)
+        ant.draw_ant(
+            World(G=4, O=4, W=1, T=9, task_set="singles", body="ant"),
+            ant.np.arange(5),
+            ant.ant_model().qpos0,
+        )
     except RuntimeError as error:
         pytest.skip(str(error))

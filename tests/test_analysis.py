@@ -1,16 +1,24 @@
 """What is measured: gate scores, true subgoals, code identity, transplant, openings at arrivals."""
+
 import math
 from types import SimpleNamespace
 
 import numpy as np
-import pytest
 import torch
 from test_internal_rl import WORLD, parts, rng
 from test_metacontroller import batch, frozen_base
 
 import analysis
-from analysis import (code_identity, control_loss, control_success, gate_scores, kl_by_gate,
-                      opened_at_arrivals, steer_by_subgoal, transplant)
+from analysis import (
+    code_identity,
+    control_loss,
+    control_success,
+    gate_scores,
+    kl_by_gate,
+    opened_at_arrivals,
+    steer_by_subgoal,
+    transplant,
+)
 from envs import Trajectories, World, generate, sample_layouts, simulate
 from metacontroller import Decoder
 from model import action_nll
@@ -20,7 +28,9 @@ def test_control_loss_follows_the_label_and_its_gradient_reaches_the_decoder():
     base, data = frozen_base(), batch()
     torch.manual_seed(0)
     decoder = Decoder(4, 32, 4)
-    loss = control_loss(base, decoder, data["obs"][:, :-1], *(data[k] for k in ("action", "subgoal", "mask")))
+    loss = control_loss(
+        base, decoder, data["obs"][:, :-1], *(data[k] for k in ("action", "subgoal", "mask"))
+    )
     loss.backward()
     assert all(p.grad.abs().max() > 0 for p in decoder.parameters())
     # By hand: each step under the matrix of its own subgoal.
@@ -31,42 +41,55 @@ def test_control_loss_follows_the_label_and_its_gradient_reaches_the_decoder():
 
 
 def test_gate_scores_by_hand():
-    beta = torch.tensor([[.9, .1, .8, .05, .5, .95, .9]])
+    beta = torch.tensor([[0.9, 0.1, 0.8, 0.05, 0.5, 0.95, 0.9]])
     true = torch.tensor([[0, 0, 1, 0, 1, 0, 0]], dtype=torch.bool)
     mask = torch.tensor([[1, 1, 1, 1, 1, 1, 0]], dtype=torch.bool)
-    scores = gate_scores(beta, true, mask)  # found at 2 and 5; t=0 never counts, the padding neither
+    scores = gate_scores(
+        beta, true, mask
+    )  # found at 2 and 5; t=0 never counts, the padding neither
     assert scores["switches"] == 2 and scores["true_switches"] == 2
-    assert scores["precision"] == .5 and scores["recall"] == .5 and scores["f1"] == .5
-    assert scores["f1_1"] == 1.  # 5 is one step from 4
+    assert scores["precision"] == 0.5 and scores["recall"] == 0.5 and scores["f1"] == 0.5
+    assert scores["f1_1"] == 1.0  # 5 is one step from 4
     assert np.isclose(scores["undecided"], 2 / 5)  # .8 and .5 of the five gates after t=0
     far, wide = torch.zeros(1, 20), torch.ones(1, 20, dtype=torch.bool)
-    far[0, 3], far[0, 12], true = 1., 1., wide & (torch.arange(20) == 8)
+    far[0, 3], far[0, 12], true = 1.0, 1.0, wide & (torch.arange(20) == 8)
     scores = gate_scores(far, true, wide)  # found at 3 and 12, true at 8: five and four steps away
-    assert scores["f1"] == scores["f1_1"] == 0 and scores["f1_5"] == 1.
+    assert scores["f1"] == scores["f1_1"] == 0 and scores["f1_5"] == 1.0
 
 
 def test_true_subgoal_controllers_are_switched_at_the_right_moments():
-    """The controller in force at each step is the one of the subgoal that the world itself says is next."""
+    """The controller in force at each step is the one of the subgoal that the world itself says
+    is next."""
     base, _, _ = parts()
     decoder = Decoder(4, 32, 4)
     chosen = []
+
     class Spy(torch.nn.Module):
         n_z = decoder.n_z
+
         def forward(self, e, z):
             chosen.append(z.argmax(-1))
             return decoder(e, z)
+
     steer = steer_by_subgoal(Spy())
     data = generate(WORLD, np.random.default_rng(0), 20)
     step = [0]
+
     def expert(worlds, alive):  # replay demonstrations, asking the rule as the player would
         steer(torch.zeros(20, 32), None, {}, worlds, np.arange(20))
         step[0] += 1
         return data.action[alive, step[0] - 1]
-    colours = lambda n: [(c) for a, b in zip(data.agent[n, :data.length[n]], data.agent[n, 1:data.length[n] + 1]) if a != b
-                         for c in [{cell: k for k, cell in enumerate(data.things[n, :5])}.get(b)] if c is not None]
+
+    colours = lambda n: [
+        (c)
+        for a, b in zip(data.agent[n, : data.length[n]], data.agent[n, 1 : data.length[n] + 1])
+        if a != b
+        for c in [{cell: k for k, cell in enumerate(data.things[n, :5])}.get(b)]
+        if c is not None
+    ]
     simulate(WORLD, [tuple(colours(n)) for n in range(20)], data.things, data.agent[:, 0], expert)
     chosen = torch.stack(chosen, 1).numpy()
-    assert (chosen[:, :data.subgoal.shape[1]][data.mask()] == data.subgoal[data.mask()]).all()
+    assert (chosen[:, : data.subgoal.shape[1]][data.mask()] == data.subgoal[data.mask()]).all()
     assert 0 <= control_success(base, decoder, WORLD, rng(), 20) <= 1
 
 
@@ -74,84 +97,120 @@ def test_code_identity_of_real_rollouts_of_an_untrained_decoder_is_nothing():
     base, meta, _ = parts()
     decoder = Decoder(3, 32, 4)  # too weak to steer
     measured = code_identity(base, decoder, WORLD, rng(), codes=64, layouts=32)
-    assert abs(measured["code_identity"]) < .03 and measured["code_identity_max"] == math.log(4)
+    assert abs(measured["code_identity"]) < 0.03 and measured["code_identity_max"] == math.log(4)
 
 
 def test_code_identity_knows_names_from_places(monkeypatch):
-    """Planted codes: one that names a subgoal gives all the information, one that names a place or nothing gives none."""
+    """Planted codes: one that names a subgoal gives all the information, one that names a place
+    or nothing gives none."""
     world = World(G=5, O=5, W=0, T=30, task_set="errands")
     base, meta, _ = parts()
+
     def outcome_by(rule):
         def fake_play(base, world, tasks, rng, steer, state, layouts):
             things, agent = layouts
             target = rule(state["z"].numpy(), things, np.random.default_rng(0))
             cells = things[np.arange(len(things)), target]
-            data = SimpleNamespace(agent=np.stack([agent, cells], 1), length=np.ones(len(agent), int), things=things)
+            data = SimpleNamespace(
+                agent=np.stack([agent, cells], 1), length=np.ones(len(agent), int), things=things
+            )
             return data, None, None
+
         monkeypatch.setattr(analysis, "play", fake_play)
         return code_identity(base, meta.decoder, world, np.random.default_rng(1))
+
     quadrant = lambda z: (z[:, 0] > 0) * 2 + (z[:, 1] > 0)
     by_name = outcome_by(lambda z, things, rng: quadrant(z))
     names, most = by_name["code_identity"], by_name["code_identity_max"]
-    assert np.isclose(most, math.log(4)) and names > .97 * most and by_name["code_none"] == 0
-    assert np.isclose(by_name["code_outcomes"], most, atol=.05)  # four outcomes, equally frequent
+    assert np.isclose(most, math.log(4)) and names > 0.97 * most and by_name["code_none"] == 0
+    assert np.isclose(by_name["code_outcomes"], most, atol=0.05)  # four outcomes, equally frequent
     nothing = outcome_by(lambda z, things, rng: rng.integers(4, size=len(z)))["code_identity"]
-    assert abs(nothing) < .01
+    assert abs(nothing) < 0.01
     corner = np.array([0, 4, 20, 24])
     distance = lambda a, b: np.abs(a // 5 - b // 5) + np.abs(a % 5 - b % 5)
-    places = outcome_by(lambda z, things, rng: distance(
-        things[:, :4], corner[quadrant(z)][:, None]).argmin(1))["code_identity"]
-    assert places < .15 * most
+    places = outcome_by(
+        lambda z, things, rng: distance(things[:, :4], corner[quadrant(z)][:, None]).argmin(1)
+    )["code_identity"]
+    assert places < 0.15 * most
     # "None" is an outcome, too: codes that name it for half of the codes tell one bit, and say so.
     # Thing 4 is a colour that begins no subgoal.
     half = outcome_by(lambda z, things, rng: np.where(z[:, 0] > 0, 4, 0))
-    assert abs(half["code_none"] - .5) < .1 and abs(half["code_identity"] - math.log(2)) < .02
+    assert abs(half["code_none"] - 0.5) < 0.1 and abs(half["code_identity"] - math.log(2)) < 0.02
     assert half["code_outcomes"] < math.log(2) + 1e-6
 
 
 def test_transplanted_codes_act_from_their_step_on_and_are_compared_with_none(monkeypatch):
-    """A world in which the sign of z_1 alone decides which of two colours is visited, if the code is in use; else one is visited at random."""
+    """A world in which the sign of z_1 alone decides which of two colours is visited, if the
+    code is in use; else one is visited at random."""
     base, meta, _ = parts()
     calls = []
 
     def fake_play(base, world, tasks, rng, steer, state, layouts=None):
         things, agent = layouts or sample_layouts(world, rng, len(tasks))
         e, rows = torch.ones(len(tasks), 32), np.arange(len(tasks))
-        acts_at = [not torch.equal(steer(e, e, state, SimpleNamespace(steps=np.full(len(rows), t)), rows), e) for t in (0, 4, 5, 9)]
+        acts_at = [
+            not torch.equal(
+                steer(e, e, state, SimpleNamespace(steps=np.full(len(rows), t)), rows), e
+            )
+            for t in (0, 4, 5, 9)
+        ]
         calls.append(acts_at)
-        colour = (state["z"][:, 0].numpy() > 0).astype(int) if acts_at[-1] else rng.integers(2, size=len(tasks))
+        colour = (
+            (state["z"][:, 0].numpy() > 0).astype(int)
+            if acts_at[-1]
+            else rng.integers(2, size=len(tasks))
+        )
         length = np.where(rows % 4 == 0, 3, 8)  # some end before the code is put in
         cells = np.stack([agent] * 8 + [agent], axis=1)
         cells[rows, length] = things[rows, colour]
-        return SimpleNamespace(agent=cells, length=length, things=things), colour == np.array([task[0] for task in tasks]), None
+        return (
+            SimpleNamespace(agent=cells, length=length, things=things),
+            colour == np.array([task[0] for task in tasks]),
+            None,
+        )
 
     monkeypatch.setattr(analysis, "play", fake_play)
     with_code, without = transplant(base, meta, WORLD, rng(), 400, at=5)
-    assert calls == [[True] * 4, [False, False, True, True], [False] * 4]  # donors; recipients from step 5 on; none
-    assert with_code == 1. and abs(without - .5) < .1
+    assert calls == [
+        [True] * 4,
+        [False, False, True, True],
+        [False] * 4,
+    ]  # donors; recipients from step 5 on; none
+    assert with_code == 1.0 and abs(without - 0.5) < 0.1
 
 
 def test_an_untrained_decoder_transplants_nothing():
     base, meta, _ = parts()
     meta.decoder = Decoder(3, 32, 4)  # too weak to steer
     with_code, without = transplant(base, meta, WORLD, rng(), 600, at=2)
-    assert 0 < without < .5 and abs(with_code - without) < .1
+    assert 0 < without < 0.5 and abs(with_code - without) < 0.1
 
 
 def test_the_kl_is_told_apart_by_the_gate():
-    kl = torch.tensor([[4., 1., 2., 9.]])
-    beta = torch.tensor([[1., .2, .6, .1]])
+    kl = torch.tensor([[4.0, 1.0, 2.0, 9.0]])
+    beta = torch.tensor([[1.0, 0.2, 0.6, 0.1]])
     mask = torch.tensor([[True, True, True, False]])
-    assert kl_by_gate(kl, beta, mask) == {"kl_open": 3., "kl_shut": 1.}
+    assert kl_by_gate(kl, beta, mask) == {"kl_open": 3.0, "kl_shut": 1.0}
 
 
 def test_arrivals_straight_from_a_colour_are_told_from_others():
-    """A row of four cells: 0 1 . 2; from 0 to its neighbour 1, over the empty cell to 2. A late gate counts as shut, padding does not count."""
+    """A row of four cells: 0 1 . 2; from 0 to its neighbour 1, over the empty cell to 2. A late
+    gate counts as shut, padding does not count."""
     world = World(G=4, O=3, W=0, T=25, task_set="tiny")
+
     def episodes(lengths):
         column = lambda *values: np.array([values] * len(lengths))
-        return Trajectories(things=column(0, 1, 3), agent=column(0, 0, 1, 2, 3, 3), action=column(1, 1, 1, 1, 1), target=column(1, 1, 2, 2, 0),
-                            progress=column(0, 0, 1, 1, 2), subgoal=column(1, 1, 2, 2, 0), segment=column(0, 0, 1, 1, 2), length=np.array(lengths))
-    gates = torch.tensor([[1., 0, 1, 0, 0], [1., 0, .4, 1, .6], [1., 0, 1, 0, 1]])
+        return Trajectories(
+            things=column(0, 1, 3),
+            agent=column(0, 0, 1, 2, 3, 3),
+            action=column(1, 1, 1, 1, 1),
+            target=column(1, 1, 2, 2, 0),
+            progress=column(0, 0, 1, 1, 2),
+            subgoal=column(1, 1, 2, 2, 0),
+            segment=column(0, 0, 1, 1, 2),
+            length=np.array(lengths),
+        )
+
+    gates = torch.tensor([[1.0, 0, 1, 0, 0], [1.0, 0, 0.4, 1, 0.6], [1.0, 0, 1, 0, 1]])
     near, far = opened_at_arrivals(world, episodes([5, 5, 4]), gates)
     assert near.tolist() == [True, False, True] and far.tolist() == [False, True]

@@ -19,16 +19,22 @@ def frozen_base():
 
 def metacontroller(gate="soft", rank=4, seed=1):
     torch.manual_seed(seed)
-    return Metacontroller(32, n_z=3, n_h=8, n_s=8, rank=rank, gate=gate, encoder_hidden=16, decoder_hidden=16)
+    return Metacontroller(
+        32, n_z=3, n_h=8, n_s=8, rank=rank, gate=gate, encoder_hidden=16, decoder_hidden=16
+    )
 
 
 def batch(n=5, seed=0):
     data = generate(WORLD, np.random.default_rng(seed), n)
-    return {"obs": torch.from_numpy(data.obs()), "action": torch.from_numpy(data.action), "mask": torch.from_numpy(data.mask()),
-            "subgoal": torch.from_numpy(data.subgoal)}
+    return {
+        "obs": torch.from_numpy(data.obs()),
+        "action": torch.from_numpy(data.action),
+        "mask": torch.from_numpy(data.mask()),
+        "subgoal": torch.from_numpy(data.subgoal),
+    }
 
 
-def loss_of(base, meta, data, alpha=.1, noise=None):
+def loss_of(base, meta, data, alpha=0.1, noise=None):
     noise = torch.zeros(*data["action"].shape, meta.n_z) if noise is None else noise
     return discovery_loss(base, meta, data["obs"], data["action"], data["mask"], noise, alpha)
 
@@ -49,20 +55,36 @@ def test_controller_is_e_plus_U_e(rank):
 
 @pytest.mark.parametrize("gate", ["soft", "gumbel", "forced"])
 def test_action_loss_alone_reaches_every_part(gate):
-    """alpha = 0: encoder, embedder, GRU, switch and decoder must all be taught by the actions, through the frozen upper blocks."""
+    """alpha = 0: encoder, embedder, GRU, switch and decoder must all be taught by the actions,
+    through the frozen upper blocks."""
     base, meta = frozen_base(), metacontroller(gate)
-    loss, _ = loss_of(base, meta, batch(), alpha=0., noise=torch.randn(5, batch()["action"].shape[1], 3))
+    loss, _ = loss_of(
+        base, meta, batch(), alpha=0.0, noise=torch.randn(5, batch()["action"].shape[1], 3)
+    )
     loss.backward()
-    silent = {name for name, p in meta.named_parameters() if p.grad is None or p.grad.abs().max() == 0}
-    assert silent == ({"switch_in.weight", "switch_in.bias", "switch_z.weight", "switch_out.weight", "switch_out.bias"} if gate == "forced" else set())
+    silent = {
+        name for name, p in meta.named_parameters() if p.grad is None or p.grad.abs().max() == 0
+    }
+    assert silent == (
+        {
+            "switch_in.weight",
+            "switch_in.bias",
+            "switch_z.weight",
+            "switch_out.weight",
+            "switch_out.bias",
+        }
+        if gate == "forced"
+        else set()
+    )
     assert all(p.grad is None for p in base.parameters())
 
 
 def test_one_optimiser_step_moves_every_parameter_and_not_the_base():
     import train
+
     base, meta = frozen_base(), metacontroller()
     before, base_before = ({k: v.clone() for k, v in m.state_dict().items()} for m in (meta, base))
-    optimizer = train.adamw(meta.parameters(), 1e-3, 0.)
+    optimizer = train.adamw(meta.parameters(), 1e-3, 0.0)
     train.optimise("meta", 0, loss_of(base, meta, batch())[0], meta, optimizer, 1e-3)
     assert all(not torch.equal(before[k], v) for k, v in meta.state_dict().items())
     assert all(torch.equal(base_before[k], v) for k, v in base.state_dict().items())
@@ -82,7 +104,8 @@ def test_gate_limits(bias, kept):
 
 
 def test_integration_equals_the_equations_step_by_step_gradients_included():
-    """Eq. 12-17 in a plain loop: h_t-1 not h_t, the integrated z_t-1 not the proposal, and nothing detached."""
+    """Eq. 12-17 in a plain loop: h_t-1 not h_t, the integrated z_t-1 not the proposal, and
+    nothing detached."""
     meta = metacontroller()
     torch.manual_seed(3)
     e, noise = torch.randn(2, 7, 32).requires_grad_(), torch.randn(2, 7, 3)
@@ -102,7 +125,7 @@ def test_integration_equals_the_equations_step_by_step_gradients_included():
                 hidden = torch.relu(meta.switch_in(torch.cat([x[:, t], h], 1)) + meta.switch_z(z))
                 beta = torch.sigmoid(meta.switch_out(hidden)[:, 0])
                 z = beta[:, None] * proposal + (1 - beta)[:, None] * z
-            h = meta.gru(x[:, t:t + 1], h[None])[1][0]
+            h = meta.gru(x[:, t : t + 1], h[None])[1][0]
             codes.append(z)
             betas.append(beta)
         return torch.stack(codes, 1), torch.stack(betas, 1)
@@ -112,12 +135,15 @@ def test_integration_equals_the_equations_step_by_step_gradients_included():
     assert torch.allclose(z, z_ref, atol=1e-6) and torch.allclose(beta, beta_ref, atol=1e-6)
     weight = torch.randn_like(z)
     parameters = [e, *meta.parameters()]
-    grads = [torch.autograd.grad((out * weight).sum(), parameters, allow_unused=True) for out in (z, z_ref)]
+    grads = [
+        torch.autograd.grad((out * weight).sum(), parameters, allow_unused=True)
+        for out in (z, z_ref)
+    ]
     for mine, theirs in zip(*grads):
         assert (mine is None and theirs is None) or torch.allclose(mine, theirs, atol=1e-5)
 
 
-@pytest.mark.parametrize("forget", [0., .5, 1.])
+@pytest.mark.parametrize("forget", [0.0, 0.5, 1.0])
 def test_the_switch_forgets_whole_episodes_in_training_only_and_the_encoder_never(forget):
     torch.manual_seed(3)
     meta = metacontroller()
@@ -125,11 +151,17 @@ def test_the_switch_forgets_whole_episodes_in_training_only_and_the_encoder_neve
     e, length = torch.randn(200, 7, 32), torch.full((200,), 7)
     mu, _, seen = meta.train().encode(e, length)
     mu_eval, _, whole = meta.eval().encode(e, length)
-    blank = meta.switch_in(torch.cat([meta.norm(e), torch.zeros(200, 7, meta.n_h)], -1))  # what is left if h = 0
+    blank = meta.switch_in(
+        torch.cat([meta.norm(e), torch.zeros(200, 7, meta.n_h)], -1)
+    )  # what is left if h = 0
     forgot = torch.isclose(seen, blank, atol=1e-6).flatten(1).all(1)
     assert torch.allclose(seen[~forgot], whole[~forgot], atol=1e-6) and torch.equal(mu, mu_eval)
-    assert abs(forgot.float().mean() - forget) < .1 and (forget in (0., 1.)) == (forgot.float().mean().item() == forget)
-    assert not torch.isclose(whole[:, 1:], blank[:, 1:], atol=1e-6).flatten(1).all(1).any()  # h is not 0 by itself
+    assert abs(forgot.float().mean() - forget) < 0.1 and (forget in (0.0, 1.0)) == (
+        forgot.float().mean().item() == forget
+    )
+    assert (
+        not torch.isclose(whole[:, 1:], blank[:, 1:], atol=1e-6).flatten(1).all(1).any()
+    )  # h is not 0 by itself
 
 
 def test_the_gate_is_causal_and_the_code_is_not():
@@ -140,10 +172,16 @@ def test_the_gate_is_causal_and_the_code_is_not():
     changed = e.clone()
     changed[:, 6:] = torch.randn(1, 4, 32)
     length = torch.tensor([10])
-    gates = [meta.integrate(proposal, meta.encode(x, length)[2])[1] for x in (e, changed)]  # same codes, other future
-    assert torch.allclose(gates[0][:, :6], gates[1][:, :6], atol=1e-6) and not torch.allclose(gates[0][:, 6:], gates[1][:, 6:], atol=1e-4)
+    gates = [
+        meta.integrate(proposal, meta.encode(x, length)[2])[1] for x in (e, changed)
+    ]  # same codes, other future
+    assert torch.allclose(gates[0][:, :6], gates[1][:, :6], atol=1e-6) and not torch.allclose(
+        gates[0][:, 6:], gates[1][:, 6:], atol=1e-4
+    )
     mu = [meta.encode(x, length)[0] for x in (e, changed)]
-    assert (mu[0][:, :6] - mu[1][:, :6]).abs().max() > 1e-4  # the encoder sees the whole sequence through s
+    assert (
+        mu[0][:, :6] - mu[1][:, :6]
+    ).abs().max() > 1e-4  # the encoder sees the whole sequence through s
 
 
 def test_sequence_embedding_is_one_vector_of_the_real_steps():
@@ -153,11 +191,11 @@ def test_sequence_embedding_is_one_vector_of_the_real_steps():
     s = meta.embedder(e, torch.tensor([10, 6]))
     assert s.shape == (2, 8)
     padded = e.clone()
-    padded[1, 6:] = 99.
+    padded[1, 6:] = 99.0
     assert torch.allclose(meta.embedder(padded, torch.tensor([10, 6])), s)
     for t in range(6):  # every step counts
         other = e.clone()
-        other[1, t] += 1.
+        other[1, t] += 1.0
         assert (meta.embedder(other, torch.tensor([10, 6]))[1] - s[1]).abs().max() > 1e-5
 
 
@@ -165,43 +203,80 @@ def test_kl_is_the_sum_over_dimensions_counted_once_and_without_padding():
     torch.manual_seed(6)
     mu, logvar = torch.randn(4, 3), torch.randn(4, 3)
     normal = torch.distributions.Normal
-    exact = torch.distributions.kl_divergence(normal(mu, (logvar / 2).exp()), normal(0., 1.)).sum(-1)
+    exact = torch.distributions.kl_divergence(normal(mu, (logvar / 2).exp()), normal(0.0, 1.0)).sum(
+        -1
+    )
     assert torch.allclose(kl_to_prior(mu, logvar), exact)
 
     base, meta, data = frozen_base(), metacontroller(), batch()
-    loss, out = loss_of(base, meta, data, alpha=.3)
-    assert torch.allclose(loss, out["nll"] + .3 * out["kl"])
-    mu, logvar, _ = (x[:, :-1] for x in meta.encode(base.lower(data["obs"]), data["mask"].sum(1) + 1))
-    assert torch.allclose(out["kl"], kl_to_prior(mu, logvar)[data["mask"]].mean())  # soft gate: every step, not weighted by beta
+    loss, out = loss_of(base, meta, data, alpha=0.3)
+    assert torch.allclose(loss, out["nll"] + 0.3 * out["kl"])
+    mu, logvar, _ = (
+        x[:, :-1] for x in meta.encode(base.lower(data["obs"]), data["mask"].sum(1) + 1)
+    )
+    assert torch.allclose(
+        out["kl"], kl_to_prior(mu, logvar)[data["mask"]].mean()
+    )  # soft gate: every step, not weighted by beta
     longer = {k: torch.cat([v, torch.zeros_like(v[:, :4])], dim=1) for k, v in data.items()}
-    assert torch.allclose(loss, loss_of(base, meta, longer, alpha=.3)[0], atol=1e-5)
+    assert torch.allclose(loss, loss_of(base, meta, longer, alpha=0.3)[0], atol=1e-5)
 
 
 def test_codes_are_read_from_the_episodes_and_steer_their_views():
     base, meta, data = frozen_base(), metacontroller(), batch()
     torch.manual_seed(0)
-    view = view_of(data, WORLD, symmetric=True, splice=.7, shuffle=.5)
-    plain, out = loss_of(base, meta, data, alpha=.1)
-    loss, steered = discovery_loss(base, meta, data["obs"], data["action"], data["mask"], torch.zeros(*data["action"].shape, 3), .1, view)
-    assert torch.equal(out["z"], steered["z"]) and torch.equal(out["beta"], steered["beta"]) and out["kl"] == steered["kl"]  # read: the episodes
+    view = view_of(data, WORLD, symmetric=True, splice=0.7, shuffle=0.5)
+    plain, out = loss_of(base, meta, data, alpha=0.1)
+    loss, steered = discovery_loss(
+        base,
+        meta,
+        data["obs"],
+        data["action"],
+        data["mask"],
+        torch.zeros(*data["action"].shape, 3),
+        0.1,
+        view,
+    )
+    assert (
+        torch.equal(out["z"], steered["z"])
+        and torch.equal(out["beta"], steered["beta"])
+        and out["kl"] == steered["kl"]
+    )  # read: the episodes
     nll = []
     for b in range(len(data["obs"])):  # steered: the views, one by one, without padding
         n = int(data["mask"][b].sum())
-        z = torch.stack([out["z"][int(row), int(step)] for row, step in zip(view["row"][b, :n], view["step"][b, :n])])
-        each = action_nll(base.action_logits(meta.decoder(base.lower(view["obs"][b, None, :n]), z[None])), view["action"][b, None, :n])[0]
+        z = torch.stack(
+            [
+                out["z"][int(row), int(step)]
+                for row, step in zip(view["row"][b, :n], view["step"][b, :n])
+            ]
+        )
+        each = action_nll(
+            base.action_logits(meta.decoder(base.lower(view["obs"][b, None, :n]), z[None])),
+            view["action"][b, None, :n],
+        )[0]
         nll.append(each[view["mask"][b, :n]])
-    assert torch.allclose(steered["nll"], torch.cat(nll).mean(), atol=1e-5) and (steered["nll"] - plain).abs() > 1e-4
+    assert (
+        torch.allclose(steered["nll"], torch.cat(nll).mean(), atol=1e-5)
+        and (steered["nll"] - plain).abs() > 1e-4
+    )
 
 
 def test_the_metacontroller_reads_the_uncontrolled_layer_read_and_writes_the_controlled_one():
     torch.manual_seed(0)
-    base, meta, data = SequenceModel(GridParts(WORLD, False), 32, 3, 4, 48, 8, 0, read=2).requires_grad_(False), metacontroller(), batch()
+    base, meta, data = (
+        SequenceModel(GridParts(WORLD, False), 32, 3, 4, 48, 8, 0, read=2).requires_grad_(False),
+        metacontroller(),
+        batch(),
+    )
     _, out = loss_of(base, meta, data)
     e = base.embed(data["obs"])
     two_blocks = base._run(0, 2, e, None, None)
     z, _, _, _ = meta(two_blocks, data["mask"].sum(1) + 1, torch.zeros(*data["action"].shape, 3))
     assert torch.equal(z, out["z"])
-    nll = action_nll(base.action_head(base.norm(base._run(0, 3, meta.decoder(e[:, :-1], z), None, None))), data["action"])
+    nll = action_nll(
+        base.action_head(base.norm(base._run(0, 3, meta.decoder(e[:, :-1], z), None, None))),
+        data["action"],
+    )
     assert torch.allclose(out["nll"], nll[data["mask"]].mean())
 
 
@@ -210,16 +285,22 @@ def test_the_sequence_embedding_sees_where_the_last_action_led():
     n = torch.arange(5)
     other = data["obs"].clone()
     other[n, data["mask"].sum(1), -1] = 0  # the agent ends in another cell
-    assert (loss_of(base, meta, data)[1]["z"] - loss_of(base, meta, {**data, "obs": other})[1]["z"]).abs().max() > 1e-4
+    assert (
+        loss_of(base, meta, data)[1]["z"] - loss_of(base, meta, {**data, "obs": other})[1]["z"]
+    ).abs().max() > 1e-4
 
 
 def test_gumbel_gate_is_binary_and_pays_only_where_it_opens():
     base, meta, data = frozen_base(), metacontroller("gumbel"), batch()
     torch.manual_seed(7)
-    torch.nn.init.normal_(meta.switch_out.weight, std=3.)
+    torch.nn.init.normal_(meta.switch_out.weight, std=3.0)
     _, out = loss_of(base, meta, data)
-    assert set(out["beta"].detach().unique().tolist()) == {0., 1.}
-    mu, logvar, _ = (x[:, :-1] for x in meta.encode(base.lower(data["obs"]), data["mask"].sum(1) + 1))
-    assert torch.allclose(out["kl"], (kl_to_prior(mu, logvar) * out["beta"])[data["mask"]].sum() / data["mask"].sum())
+    assert set(out["beta"].detach().unique().tolist()) == {0.0, 1.0}
+    mu, logvar, _ = (
+        x[:, :-1] for x in meta.encode(base.lower(data["obs"]), data["mask"].sum(1) + 1)
+    )
+    assert torch.allclose(
+        out["kl"], (kl_to_prior(mu, logvar) * out["beta"])[data["mask"]].sum() / data["mask"].sum()
+    )
     meta.eval()  # no noise: the same gates twice
     assert torch.equal(loss_of(base, meta, data)[1]["beta"], loss_of(base, meta, data)[1]["beta"])

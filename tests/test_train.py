@@ -1,7 +1,10 @@
-"""The command line as a user meets it: the whole path, interruptions, wrong input. All on the smoke preset."""
+"""The command line as a user meets it: the whole path, interruptions, wrong input. All on the
+smoke preset."""
+
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,19 +14,35 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_metacontroller import WORLD, batch
 
-import ant
 import runs
 import train
-from envs import World, generate, neighbour_table, symmetries
-from test_metacontroller import WORLD, batch
+from envs import generate, neighbour_table, symmetries
 from train import view_of
 
 ROOT = Path(__file__).resolve().parents[1]
 # Even smaller than smoke, where only the machinery is tested.
-TINY = ["--preset", "smoke", "--threads", "1", "--dtype", "float32",  # auto measures, and what it finds may differ between two runs
-        "--base_steps", "70", "--control_steps", "40", "--meta_steps", "45", "--rl_updates", "12",
-        "--eval_episodes", "40", "--evaluations", "2"]
+TINY = [
+    "--preset",
+    "smoke",
+    "--threads",
+    "1",
+    "--dtype",
+    "float32",  # auto measures, and what it finds may differ between two runs
+    "--base_steps",
+    "70",
+    "--control_steps",
+    "40",
+    "--meta_steps",
+    "45",
+    "--rl_updates",
+    "12",
+    "--eval_episodes",
+    "40",
+    "--evaluations",
+    "2",
+]
 NAMES = ("base", "control", "meta", "policy", "raw")
 
 
@@ -52,60 +71,127 @@ def test_one_command_runs_every_stage_and_ends_with_the_comparison(finished):
     out, text = finished
     folder = out / "smoke" / "seed0"
     assert sorted(path.name for path in folder.iterdir()) == sorted(
-        [f"{name}.{kind}" for name in NAMES for kind in ("pt", "jsonl")] + ["eval.json"])
-    tail = text[text.index("success on the post-training task 0-2-1"):]
-    for row in ("blind sampling", "true-subgoal controllers", "codes from the prior", "internal RL", "raw-action RL"):
+        [f"{name}.{kind}" for name in NAMES for kind in ("pt", "jsonl")] + ["eval.json"]
+    )
+    tail = text[text.index("success on the post-training task 0-2-1") :]
+    for row in (
+        "blind sampling",
+        "true-subgoal controllers",
+        "codes from the prior",
+        "internal RL",
+        "raw-action RL",
+    ):
         assert row in tail
-    for word in ("device cpu", "dtype torch.float32", "compile off"):  # each choice with its reason in brackets
+    for word in (
+        "device cpu",
+        "dtype torch.float32",
+        "compile off",
+    ):  # each choice with its reason in brackets
         assert f"{word} (" in text
     logs = {name: runs.read_log(folder, name) for name in NAMES}
     assert {"nll", "bayes", "known", "gap_closed", "episodes_per_s"} <= logs["base"][-1].keys()
     assert {"nll", "success", "layer"} <= logs["control"][-1].keys()
-    assert {"nll", "kl_per_episode", "switches", "true_switches", "precision", "recall", "f1", "f1_1", "undecided", "code_identity",
-            "code_success"} <= logs["meta"][-1].keys()
-    assert {"success", "episodes", "abstract_actions", "std", "raw_steps"} <= logs["policy"][-1].keys()
-    assert all(line["step"] == steps for line, steps in ((logs["base"][-1], 70), (logs["policy"][-1], 12)))
+    assert {
+        "nll",
+        "kl_per_episode",
+        "switches",
+        "true_switches",
+        "precision",
+        "recall",
+        "f1",
+        "f1_1",
+        "undecided",
+        "code_identity",
+        "code_success",
+    } <= logs["meta"][-1].keys()
+    assert {"success", "episodes", "abstract_actions", "std", "raw_steps"} <= logs["policy"][
+        -1
+    ].keys()
+    assert all(
+        line["step"] == steps for line, steps in ((logs["base"][-1], 70), (logs["policy"][-1], 12))
+    )
 
 
 def test_the_precision_is_measured_unless_it_is_asked_for(capsys):
     run, *_ = train.parse(["--preset", "smoke"])
     runs.choose_device(run)
     text = capsys.readouterr().out
-    assert f"dtype {run.dtype} (bfloat16 matrix products measured at" in text and run.dtype in (torch.float32, torch.bfloat16)
+    assert f"dtype {run.dtype} (bfloat16 matrix products measured at" in text and run.dtype in (
+        torch.float32,
+        torch.bfloat16,
+    )
 
 
 def test_a_finished_stage_is_reused_and_fresh_starts_again(finished, tmp_path):
     out, _ = finished
     before = {name: (out / "smoke" / "seed0" / f"{name}.pt").stat().st_mtime_ns for name in NAMES}
     again = subprocess.run(command(out, "--stage", "discover"), capture_output=True, text=True)
-    assert again.returncode == 0 and "finished earlier, reused: base, meta" in again.stdout and "discover:" not in again.stderr
-    assert before == {name: (out / "smoke" / "seed0" / f"{name}.pt").stat().st_mtime_ns for name in NAMES}
+    assert (
+        again.returncode == 0
+        and "finished earlier, reused: base, meta" in again.stdout
+        and "discover:" not in again.stderr
+    )
+    assert before == {
+        name: (out / "smoke" / "seed0" / f"{name}.pt").stat().st_mtime_ns for name in NAMES
+    }
     subprocess.run(["cp", "-r", str(out / "smoke"), str(tmp_path)], check=True)
-    fresh = subprocess.run(command(tmp_path, "--stage", "pretrain", "--fresh"), capture_output=True, text=True)
+    fresh = subprocess.run(
+        command(tmp_path, "--stage", "pretrain", "--fresh"), capture_output=True, text=True
+    )
     assert fresh.returncode == 0 and "reused" not in fresh.stdout
     assert (tmp_path / "smoke" / "seed0" / "base.pt").stat().st_mtime_ns > before["base"]
     assert same(weights(tmp_path, "base"), weights(out, "base"))  # same seed, same weights
 
 
-@pytest.mark.parametrize("stage, name", [("pretrain", "base"), ("control", "control"), ("discover", "meta"), ("rl", "policy"), ("rl", "raw")])
+@pytest.mark.parametrize(
+    "stage, name",
+    [
+        ("pretrain", "base"),
+        ("control", "control"),
+        ("discover", "meta"),
+        ("rl", "policy"),
+        ("rl", "raw"),
+    ],
+)
 def test_killed_at_any_moment_it_ends_with_the_same_weights(finished, tmp_path, stage, name):
-    """kill -9 at random moments, several times, then to the end: bit for bit the weights of the uninterrupted run."""
+    """kill -9 at random moments, several times, then to the end: bit for bit the weights of the
+    uninterrupted run."""
     out, _ = finished
     folder = tmp_path / "smoke" / "seed0"
     folder.mkdir(parents=True)
-    needed = {"base": (), "control": ("base",), "meta": ("base",), "policy": ("base", "control", "meta"), "raw": ("base",)}[name]
+    needed = {
+        "base": (),
+        "control": ("base",),
+        "meta": ("base",),
+        "policy": ("base", "control", "meta"),
+        "raw": ("base",),
+    }[name]
     for other in needed:
         (folder / f"{other}.pt").write_bytes((out / "smoke" / "seed0" / f"{other}.pt").read_bytes())
-    line = command(tmp_path, "--stage", stage, "--save_seconds", "0", *(["--rival", "raw"] if name == "raw" else []))
+    line = command(
+        tmp_path,
+        "--stage",
+        stage,
+        "--save_seconds",
+        "0",
+        *(["--rival", "raw"] if name == "raw" else []),
+    )
     chance, kills = random.Random(name), 0
-    written = lambda: (folder / f"{name}.pt").stat().st_mtime_ns if (folder / f"{name}.pt").exists() else 0
+    written = lambda: (
+        (folder / f"{name}.pt").stat().st_mtime_ns if (folder / f"{name}.pt").exists() else 0
+    )
     for _ in range(2):
         before = written()
         process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while written() == before and process.poll() is None:  # until it has written a checkpoint of its own
-            time.sleep(.002)
-        time.sleep(chance.random() * .04)
-        if process.poll() is None and not torch.load(folder / f"{name}.pt", weights_only=True)["done"]:
+        while (
+            written() == before and process.poll() is None
+        ):  # until it has written a checkpoint of its own
+            time.sleep(0.002)
+        time.sleep(chance.random() * 0.04)
+        if (
+            process.poll() is None
+            and not torch.load(folder / f"{name}.pt", weights_only=True)["done"]
+        ):
             kills += 1
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -113,20 +199,33 @@ def test_killed_at_any_moment_it_ends_with_the_same_weights(finished, tmp_path, 
     finish = subprocess.run(line, capture_output=True, text=True)
     assert finish.returncode == 0 and f"{name}: continues at step" in finish.stdout
     assert same(weights(tmp_path, name), weights(out, name))
-    steps = [entry["step"] for entry in map(json.loads, (folder / f"{name}.jsonl").read_text().splitlines())]
+    steps = [
+        entry["step"]
+        for entry in map(json.loads, (folder / f"{name}.jsonl").read_text().splitlines())
+    ]
     assert steps == sorted(set(steps))  # no evaluation is missing from the log or in it twice
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path):
-    # A shell that runs the tests in the background makes them ignore Ctrl-C, and children inherit that: back to the default first.
-    process = subprocess.Popen(command(tmp_path, "--stage", "pretrain", "--base_steps", "100000"), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    # A shell that runs the tests in the background makes them ignore Ctrl-C, and children inherit
+    # that: back to the default first.
+    process = subprocess.Popen(
+        command(tmp_path, "--stage", "pretrain", "--base_steps", "100000"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while not (tmp_path / "smoke" / "seed0").exists():
-        time.sleep(.01)
-    time.sleep(.5)
+        time.sleep(0.01)
+    time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=20)
-    assert process.returncode == 130 and "goes on from the last checkpoint" in err and "Traceback" not in err
+    assert (
+        process.returncode == 130
+        and "goes on from the last checkpoint" in err
+        and "Traceback" not in err
+    )
 
 
 WRONG = {
@@ -180,13 +279,30 @@ def test_wrong_input_is_one_sentence_and_nothing_is_written(case, tmp_path, caps
 
 
 def test_infeasible_world_is_refused_before_training(tmp_path, capsys):
-    """A world that exists but in which no expert can finish: horizon enough for the counting check, not for the walking."""
-    assert "the expert finished" in refused(["--preset", "smoke", "--G", "12", "--T", "4", "--task_set", "singles", "--O", "4", "--out", str(tmp_path / "runs")], capsys)
+    """A world that exists but in which no expert can finish: horizon enough for the counting
+    check, not for the walking."""
+    assert "the expert finished" in refused(
+        [
+            "--preset",
+            "smoke",
+            "--G",
+            "12",
+            "--T",
+            "4",
+            "--task_set",
+            "singles",
+            "--O",
+            "4",
+            "--out",
+            str(tmp_path / "runs"),
+        ],
+        capsys,
+    )
     assert not (tmp_path / "runs").exists()
 
 
 def copied(finished, tmp_path):
-    subprocess.run(["cp", "-r", str(finished[0]), str(tmp_path / "runs")], check=True)
+    shutil.copytree(finished[0], tmp_path / "runs")
     return tmp_path / "runs" / "smoke" / "seed0"
 
 
@@ -204,15 +320,54 @@ def test_a_truncated_checkpoint_is_refused(finished, tmp_path, capsys, name):
 def test_a_checkpoint_of_another_preset_or_configuration_is_refused(finished, tmp_path, capsys):
     folder = copied(finished, tmp_path)
     (tmp_path / "runs" / "grid-small" / "seed0").mkdir(parents=True)
-    (tmp_path / "runs" / "grid-small" / "seed0" / "base.pt").write_bytes((folder / "base.pt").read_bytes())
+    (tmp_path / "runs" / "grid-small" / "seed0" / "base.pt").write_bytes(
+        (folder / "base.pt").read_bytes()
+    )
     sentence = refused(["--preset", "grid-small", "--out", str(tmp_path / "runs")], capsys)
     assert "base.pt" in sentence and "preset=smoke" in sentence and "preset=grid-small" in sentence
-    for flag, value, name in (("--base_lr", "0.5", "base"), ("--alpha", "0.5", "meta"), ("--rl_lr", "0.5", "policy")):
+    for flag, value, name in (
+        ("--base_lr", "0.5", "base"),
+        ("--alpha", "0.5", "meta"),
+        ("--rl_lr", "0.5", "policy"),
+    ):
         sentence = refused([*TINY, "--out", str(tmp_path / "runs"), flag, value], capsys)
         assert f"{name}.pt" in sentence and flag[2:] in sentence
-    # What a stage does not depend on may change: a base serves every metacontroller, every layer, every learning rate of RL.
-    assert train.main([*TINY, "--stage", "pretrain", "--out", str(tmp_path / "runs"), "--alpha", "0.5", "--layer", "2", "--rl_lr", "1"]) == 0
-    assert train.main([*TINY, "--stage", "control", "--out", str(tmp_path / "runs"), "--alpha", "0.5", "--eval_episodes", "7"]) == 0
+    # What a stage does not depend on may change: a base serves every metacontroller, every layer,
+    # every learning rate of RL.
+    assert (
+        train.main(
+            [
+                *TINY,
+                "--stage",
+                "pretrain",
+                "--out",
+                str(tmp_path / "runs"),
+                "--alpha",
+                "0.5",
+                "--layer",
+                "2",
+                "--rl_lr",
+                "1",
+            ]
+        )
+        == 0
+    )
+    assert (
+        train.main(
+            [
+                *TINY,
+                "--stage",
+                "control",
+                "--out",
+                str(tmp_path / "runs"),
+                "--alpha",
+                "0.5",
+                "--eval_episodes",
+                "7",
+            ]
+        )
+        == 0
+    )
 
 
 def test_finished_rl_can_be_extended_and_equals_a_longer_run(finished, tmp_path):
@@ -244,37 +399,71 @@ def test_a_checkpoint_trained_on_another_base_is_refused(finished, tmp_path, cap
 
 def test_eval_and_figures_take_no_unfinished_checkpoint_for_a_result(finished, tmp_path, capsys):
     import figures
+
     folder = copied(finished, tmp_path)
     edited(folder / "policy.pt", done=False)
     before = (folder / "policy.pt").read_bytes()
     assert train.main([*TINY, "--stage", "eval", "--out", str(tmp_path / "runs")]) == 0
     out = capsys.readouterr().out
     assert "raw-action RL" in out and "internal RL" not in out
-    assert figures.main(["--preset", "smoke", "--out", str(tmp_path / "runs"), "--to", str(tmp_path / "pictures")]) == 0
+    assert (
+        figures.main(
+            [
+                "--preset",
+                "smoke",
+                "--out",
+                str(tmp_path / "runs"),
+                "--to",
+                str(tmp_path / "pictures"),
+            ]
+        )
+        == 0
+    )
     assert "no finished policy.pt, skipped" in capsys.readouterr().out
-    assert sorted(path.name for path in (tmp_path / "pictures" / "smoke").iterdir()) == ["curves.png", "gate.png"]
-    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == ["results.json", "smoke"]
+    assert sorted(path.name for path in (tmp_path / "pictures" / "smoke").iterdir()) == [
+        "curves.png",
+        "gate.png",
+    ]
+    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == [
+        "results.json",
+        "smoke",
+    ]
     assert (folder / "policy.pt").read_bytes() == before
 
 
 def test_figures_draws_all_that_the_runs_have(finished, tmp_path):
     import figures
-    assert figures.main(["--preset", "smoke", "--out", str(finished[0]), "--to", str(tmp_path)]) == 0
+
+    assert (
+        figures.main(["--preset", "smoke", "--out", str(finished[0]), "--to", str(tmp_path)]) == 0
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results.json", "smoke"]
     pictures = sorted((tmp_path / "smoke").iterdir())
-    assert [path.name for path in pictures] == ["agent.gif", "curves.png", "gate.png", "success.png"]
+    assert [path.name for path in pictures] == [
+        "agent.gif",
+        "curves.png",
+        "gate.png",
+        "success.png",
+    ]
     assert all(path.stat().st_size > 2000 for path in pictures)
     assert figures.main(["--preset", "grid-paper", "--out", str(finished[0])]) == 2
-    seed, = json.loads((tmp_path / "results.json").read_text())["smoke"]["seeds"]
+    (seed,) = json.loads((tmp_path / "results.json").read_text())["smoke"]["seeds"]
     evaluation = json.loads((finished[0] / "smoke" / "seed0" / "eval.json").read_text())
     assert all(seed[key] == value for key, value in evaluation.items())
-    assert sum(key.endswith("success") for key in evaluation) == 5 and "gate_elsewhere" in evaluation
-    assert seed["rl_episodes"] == seed["raw_episodes"] == 12 * 64 and seed["forced_success"] is None and seed["minutes"] > 0
+    assert (
+        sum(key.endswith("success") for key in evaluation) == 5 and "gate_elsewhere" in evaluation
+    )
+    assert (
+        seed["rl_episodes"] == seed["raw_episodes"] == 12 * 64
+        and seed["forced_success"] is None
+        and seed["minutes"] > 0
+    )
 
 
 def test_results_of_other_seeds_and_rivals_are_kept(finished, tmp_path):
     import figures
-    folder, other = copied(finished, tmp_path), {"seed": 7, "rl_success": .5}
+
+    folder, other = copied(finished, tmp_path), {"seed": 7, "rl_success": 0.5}
     path = tmp_path / "results.json"
 
     def written(*seeds):
@@ -285,74 +474,141 @@ def test_results_of_other_seeds_and_rivals_are_kept(finished, tmp_path):
         return results["smoke"]["seeds"][0]
 
     whole = written()
-    assert written({"seed": 0, "rl_success": 2., "forced_success": .25}) == whole | {"forced_success": .25}  # its rival was not run again
+    assert written({"seed": 0, "rl_success": 2.0, "forced_success": 0.25}) == whole | {
+        "forced_success": 0.25
+    }  # its rival was not run again
     (folder / "eval.json").unlink()
-    (folder / "eval-forced.json").write_text(json.dumps({"rl_success": .75}))
-    assert written({"seed": 0, "rl_success": 2., "cotrain_success": .25}) == {"seed": 0, "rl_success": 2., "cotrain_success": .25, "forced_success": .75}
+    (folder / "eval-forced.json").write_text(json.dumps({"rl_success": 0.75}))
+    assert written({"seed": 0, "rl_success": 2.0, "cotrain_success": 0.25}) == {
+        "seed": 0,
+        "rl_success": 2.0,
+        "cotrain_success": 0.25,
+        "forced_success": 0.75,
+    }
 
 
-def test_a_base_that_comes_with_the_repository_is_used_and_said_so(finished, tmp_path, capsys, monkeypatch):
+def test_a_base_that_comes_with_the_repository_is_used_and_said_so(
+    finished, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr(runs, "ASSETS", tmp_path / "assets")
     shipped = tmp_path / "assets" / "smoke" / "seed0"
     shipped.mkdir(parents=True)
     for kind in ("pt", "jsonl"):
-        (shipped / f"base.{kind}").write_bytes((finished[0] / "smoke" / "seed0" / f"base.{kind}").read_bytes())
+        (shipped / f"base.{kind}").write_bytes(
+            (finished[0] / "smoke" / "seed0" / f"base.{kind}").read_bytes()
+        )
     saved = torch.load(shipped / "base.pt", weights_only=True)
     saved["optimizer"]["state"] = {}  # as it is shipped: the moments of a finished training
     saved["model"]["norm.weight"] += 1e-3  # so that it can be told from one trained here
     edited(shipped / "base.pt", model=saved["model"], optimizer=saved["optimizer"])
     line = [*TINY, "--stage", "pretrain", "--out"]
-    assert train.main([*line, str(tmp_path / "a")]) == 0 and "taken from assets" in capsys.readouterr().out
-    assert same(weights(tmp_path / "a", "base"), saved["model"]) and runs.read_log(tmp_path / "a/smoke/seed0", "base")
+    assert (
+        train.main([*line, str(tmp_path / "a")]) == 0
+        and "taken from assets" in capsys.readouterr().out
+    )
+    assert same(weights(tmp_path / "a", "base"), saved["model"]) and runs.read_log(
+        tmp_path / "a/smoke/seed0", "base"
+    )
     for out, more in (("b", ["--fresh"]), ("c", ["--base_lr", "1e-3"]), ("d", ["--seed", "1"])):
         assert train.main([*line, str(tmp_path / out), "--base_steps", "40", *more]) == 0
         assert "assets" not in capsys.readouterr().out
-    assert train.main([*line, str(tmp_path / "a"), "--fresh"]) == 0 and "assets" not in capsys.readouterr().out
+    assert (
+        train.main([*line, str(tmp_path / "a"), "--fresh"]) == 0
+        and "assets" not in capsys.readouterr().out
+    )
     assert not same(weights(tmp_path / "a", "base"), saved["model"])
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path, capsys, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
+    tmp_path, capsys, monkeypatch
+):
     genuine, calls = train.pretraining_loss, [0]
+
     def poisoned(*args):
         calls[0] += 1
         loss, nll = genuine(*args)
         return (loss * float("nan") if calls[0] == 30 else loss), nll
+
     monkeypatch.setattr(train, "pretraining_loss", poisoned)
-    assert train.main([*TINY, "--stage", "pretrain", "--out", str(tmp_path), "--save_seconds", "0", "--evaluations", "1"]) == 1
+    assert (
+        train.main(
+            [
+                *TINY,
+                "--stage",
+                "pretrain",
+                "--out",
+                str(tmp_path),
+                "--save_seconds",
+                "0",
+                "--evaluations",
+                "1",
+            ]
+        )
+        == 1
+    )
     err = capsys.readouterr().err
     assert "not finite at step 29" in err and "Traceback" not in err
     saved = torch.load(tmp_path / "smoke" / "seed0" / "base.pt", weights_only=True)
-    assert saved["step"] == 29 and all(torch.isfinite(value).all() for value in saved["model"].values())
+    assert saved["step"] == 29 and all(
+        torch.isfinite(value).all() for value in saved["model"].values()
+    )
 
 
 def test_rivals_have_files_of_their_own(finished, tmp_path):
     folder = copied(finished, tmp_path)
-    done = subprocess.run(command(tmp_path / "runs", "--rival", "forced"), capture_output=True, text=True)
+    done = subprocess.run(
+        command(tmp_path / "runs", "--rival", "forced"), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
-    assert (folder / "meta-forced.pt").exists() and (folder / "policy-forced.pt").exists() and "forced switching" in done.stdout
+    assert (
+        (folder / "meta-forced.pt").exists()
+        and (folder / "policy-forced.pt").exists()
+        and "forced switching" in done.stdout
+    )
     line = runs.read_log(folder, "policy-forced")[-1]
     assert line["abstract_actions"] > 1.5  # a code at every step
     assert same(weights(tmp_path / "runs", "meta"), weights(finished[0], "meta"))
-    done = subprocess.run(command(tmp_path / "runs", "--rival", "cotrain"), capture_output=True, text=True)
+    done = subprocess.run(
+        command(tmp_path / "runs", "--rival", "cotrain"), capture_output=True, text=True
+    )
     assert done.returncode == 0 and "co-trained base" in done.stdout, done.stderr
     together, base = weights(tmp_path / "runs", "meta-cotrain"), weights(finished[0], "base")
-    assert all(not torch.equal(together[f"base.{name}"], value) for name, value in base.items())  # its own base, not the frozen one
+    assert all(
+        not torch.equal(together[f"base.{name}"], value) for name, value in base.items()
+    )  # its own base, not the frozen one
     run = train.parse([*TINY, "--rival", "cotrain", "--out", str(tmp_path / "runs")])[0]
-    assert train.parse([*TINY, "--rival", "cotrain", "--fresh"])[3] == run.names == ("meta-cotrain", "policy-cotrain")
+    assert (
+        train.parse([*TINY, "--rival", "cotrain", "--fresh"])[3]
+        == run.names
+        == ("meta-cotrain", "policy-cotrain")
+    )
     forced = train.parse([*TINY, "--rival", "forced", "--fresh"])
-    assert forced[0].names == ("base", "meta-forced", "policy-forced") and forced[3] == ("meta-forced", "policy-forced")  # the base stays
+    assert forced[0].names == ("base", "meta-forced", "policy-forced") and forced[3] == (
+        "meta-forced",
+        "policy-forced",
+    )  # the base stays
     runs.seed_everything(0, "init", 2)
     train.new_metacontroller(run)
     start = train.new_base(run).state_dict()
-    assert all(not torch.equal(together[f"base.{name}"], value) for name, value in start.items() if "obs_head" not in name)  # every part learns
+    assert all(
+        not torch.equal(together[f"base.{name}"], value)
+        for name, value in start.items()
+        if "obs_head" not in name
+    )  # every part learns
 
 
 def test_any_step_can_be_the_first(tmp_path):
-    """What a step trains on depends on (seed, stage, step) alone: the root of resuming bit for bit."""
+    """What a step trains on depends on (seed, stage, step) alone: the root of resuming bit for
+    bit."""
     cfg = train.PRESETS["smoke"]
     run = train.Run(cfg, "smoke", tmp_path)
+
     def steps(first):
-        return {step: (batch["obs"].clone(), torch.randn(3)) for step, batch in train.batches(run, "base", 8, False, first, 70)}
+        return {
+            step: (batch["obs"].clone(), torch.randn(3))
+            for step, batch in train.batches(run, "base", 8, False, first, 70)
+        }
+
     whole, part = steps(0), steps(37)
     assert sorted(whole) == list(range(70)) and sorted(part) == list(range(37, 70))
     assert all(torch.equal(a, b) for step in part for a, b in zip(whole[step], part[step]))
@@ -362,7 +618,7 @@ def test_batches_waste_little_on_padding_and_leave_nothing_out():
     cfg = train.PRESETS["grid-small"]
     run = train.Run(cfg, "grid-small", Path("unused"))
     masks = [batch["mask"] for _, batch in train.batches(run, "base", 32, False, 0, train.CHUNK)]
-    assert np.mean([mask.float().mean() for mask in masks]) > .9
+    assert np.mean([mask.float().mean() for mask in masks]) > 0.9
     data = generate(runs.world_of(cfg), runs.seed_everything(0, "base", 0), train.CHUNK * 32)
     assert sum(int(mask.sum()) for mask in masks) == data.length.sum()
     assert os.path.exists("unused") is False
@@ -371,6 +627,7 @@ def test_batches_waste_little_on_padding_and_leave_nothing_out():
 def test_evaluation_and_figures_train_nothing(finished, tmp_path, capsys):
     """RL that was given fewer updates than the preset asks for is finished all the same."""
     import figures
+
     out = tmp_path / "runs"
     copied(finished, tmp_path)
     few = ["--rl_updates", "3"]
@@ -378,18 +635,27 @@ def test_evaluation_and_figures_train_nothing(finished, tmp_path, capsys):
         (out / "smoke" / "seed0" / f"{name}.pt").unlink()
     assert train.main([*TINY, *few, "--out", str(out)]) == 0
     before = {name: weights(out, name) for name in NAMES}
-    assert train.main([*TINY, "--stage", "eval", "--out", str(out)]) == 0  # TINY asks for 12 updates
-    assert figures.main(["--preset", "smoke", "--out", str(out), "--to", str(tmp_path / "pictures")]) == 0
+    assert (
+        train.main([*TINY, "--stage", "eval", "--out", str(out)]) == 0
+    )  # TINY asks for 12 updates
+    assert (
+        figures.main(["--preset", "smoke", "--out", str(out), "--to", str(tmp_path / "pictures")])
+        == 0
+    )
     assert all(same(before[name], weights(out, name)) for name in NAMES)
     assert torch.load(out / "smoke" / "seed0" / "policy.pt", weights_only=True)["step"] == 3
     capsys.readouterr()
-    assert "nothing" in refused(["--preset", "smoke", "--stage", "eval", "--out", str(tmp_path / "empty")], capsys)
+    assert "nothing" in refused(
+        ["--preset", "smoke", "--stage", "eval", "--out", str(tmp_path / "empty")], capsys
+    )
     assert not (tmp_path / "empty").exists()
 
 
 def test_an_old_evaluation_does_not_outlive_the_weights_it_speaks_of(finished, tmp_path):
     folder = copied(finished, tmp_path)
-    assert train.main([*TINY, "--stage", "discover", "--fresh", "--out", str(tmp_path / "runs")]) == 0
+    assert (
+        train.main([*TINY, "--stage", "discover", "--fresh", "--out", str(tmp_path / "runs")]) == 0
+    )
     assert not (folder / "eval.json").exists()
 
 
@@ -397,20 +663,38 @@ def test_fresh_deletes_nothing_if_what_it_keeps_is_refused(finished, tmp_path, c
     folder = copied(finished, tmp_path)
     (folder / "meta-forced.pt").write_bytes((folder / "meta.pt").read_bytes())
     before = sorted(path.name for path in folder.iterdir())
-    assert train.main([*TINY, "--rival", "forced", "--fresh", "--width", "64", "--out", str(tmp_path / "runs")]) == 2
+    assert (
+        train.main(
+            [
+                *TINY,
+                "--rival",
+                "forced",
+                "--fresh",
+                "--width",
+                "64",
+                "--out",
+                str(tmp_path / "runs"),
+            ]
+        )
+        == 2
+    )
     assert "base.pt was made with width=32" in capsys.readouterr().err
     assert sorted(path.name for path in folder.iterdir()) == before
 
 
-def test_what_was_begun_with_fresh_is_not_replaced_by_what_is_shipped(finished, tmp_path, capsys, monkeypatch):
+def test_what_was_begun_with_fresh_is_not_replaced_by_what_is_shipped(
+    finished, tmp_path, capsys, monkeypatch
+):
     """Killed after a single step, long before save_seconds have passed."""
     monkeypatch.setattr(runs, "ASSETS", finished[0])  # holds smoke/seed0/base.pt
     line = [*TINY, "--stage", "pretrain", "--save_seconds", "3600", "--out", str(tmp_path)]
     genuine, calls = train.optimise, []
+
     def killed(*args):
         if calls:
             raise KeyboardInterrupt
         calls.append(genuine(*args))
+
     monkeypatch.setattr(train, "optimise", killed)
     assert train.main([*line, "--fresh"]) == 130
     monkeypatch.setattr(train, "optimise", genuine)
@@ -419,66 +703,116 @@ def test_what_was_begun_with_fresh_is_not_replaced_by_what_is_shipped(finished, 
     assert "assets" not in out and "base: continues at step 1" in out
 
 
-def test_a_base_is_shipped_only_with_the_walker_that_it_was_trained_on(tmp_path, capsys, monkeypatch):
+def test_a_base_is_shipped_only_with_the_walker_that_it_was_trained_on(
+    tmp_path, capsys, monkeypatch
+):
     monkeypatch.setitem(train.STAGES, "pretrain", lambda run: None)
     source, folder = runs.ASSETS / "ant-small" / "seed0", tmp_path / "ant-small" / "seed0"
-    line = ["--preset", "ant-small", "--stage", "pretrain", "--threads", "1", "--out", str(tmp_path)]
+    line = [
+        "--preset",
+        "ant-small",
+        "--stage",
+        "pretrain",
+        "--threads",
+        "1",
+        "--out",
+        str(tmp_path),
+    ]
     assert train.main(line) == 0 and (folder / "base.pt").exists()
     assert "trains it here): walker, base" in capsys.readouterr().out
     (folder / "base.pt").unlink()
     saved = torch.load(source / "walker.pt", weights_only=True)
     saved["model"]["log_stds"] += 1e-3  # a walker trained elsewhere
     edited(folder / "walker.pt", model=saved["model"])
-    assert train.main(line) == 0 and "assets" not in capsys.readouterr().out and not (folder / "base.pt").exists()
+    assert (
+        train.main(line) == 0
+        and "assets" not in capsys.readouterr().out
+        and not (folder / "base.pt").exists()
+    )
 
 
 def test_an_image_is_the_end_of_another_episode_and_then_the_episode_in_turned_worlds():
     data = batch(200)
     torch.manual_seed(0)
-    view = view_of(data, WORLD, symmetric=True, splice=.5, shuffle=0.)
+    view = view_of(data, WORLD, symmetric=True, splice=0.5, shuffle=0.0)
     table, (cells, actions) = torch.from_numpy(neighbour_table(WORLD.G)), symmetries(WORLD.G)
     length, which, spliced = data["mask"].sum(1), set(), 0
     for b in range(200):
         n = int(length[b])
         row, step, obs, action = (view[key][b, :n] for key in ("row", "step", "obs", "action"))
-        start = int(((row != b) | (step != torch.arange(n))).sum())  # the other may be the episode itself
+        start = int(
+            ((row != b) | (step != torch.arange(n))).sum()
+        )  # the other may be the episode itself
         spliced += start > 0
-        assert (row[start:] == b).all() and step[start:].tolist() == list(range(start, n))  # its own steps where they were
+        assert (row[start:] == b).all() and step[start:].tolist() == list(
+            range(start, n)
+        )  # its own steps where they were
         if start:
             other = int(row[0])
-            assert (row[:start] == other).all() and step[:start].tolist() == list(range(int(length[other]) - start, int(length[other])))
-        for part in (slice(0, start), slice(start, n)):  # each part: one turned world, in which the rules hold
+            assert (row[:start] == other).all() and step[:start].tolist() == list(
+                range(int(length[other]) - start, int(length[other]))
+            )
+        for part in (
+            slice(0, start),
+            slice(start, n),
+        ):  # each part: one turned world, in which the rules hold
             o, a = obs[part], action[part]
             if len(o) == 0:
                 continue
-            assert (o[:, :-1] == o[0, :-1]).all() and len(set(o[0, :-1].tolist())) == WORLD.things - 1
+            assert (o[:, :-1] == o[0, :-1]).all() and len(
+                set(o[0, :-1].tolist())
+            ) == WORLD.things - 1
             to = table[o[:-1, -1], a[:-1]]
-            assert (o[1:, -1] == torch.where(torch.isin(to, o[0, WORLD.O:-1]), o[:-1, -1], to)).all()
-            found = {g for g in range(8) if (cells[g][data["obs"][int(row[part][0]), int(step[part][0])]] == o[0].numpy()).all()}
-            assert found and any((actions[g][data["action"][int(row[part][0]), step[part]]] == a.numpy()).all() for g in found)
+            assert (
+                o[1:, -1] == torch.where(torch.isin(to, o[0, WORLD.O : -1]), o[:-1, -1], to)
+            ).all()
+            found = {
+                g
+                for g in range(8)
+                if (
+                    cells[g][data["obs"][int(row[part][0]), int(step[part][0])]] == o[0].numpy()
+                ).all()
+            }
+            assert found and any(
+                (actions[g][data["action"][int(row[part][0]), step[part]]] == a.numpy()).all()
+                for g in found
+            )
             which |= found
     assert which == set(range(8)) and 60 < spliced < 110
-    assert view_of(data, WORLD, symmetric=False, splice=0., shuffle=0.) is None
-    turned = view_of(data, WORLD, symmetric=True, splice=0., shuffle=0.)  # whole episodes
-    assert (turned["row"] == torch.arange(200)[:, None]).all() and (turned["step"] == torch.arange(turned["step"].shape[1])).all()
+    assert view_of(data, WORLD, symmetric=False, splice=0.0, shuffle=0.0) is None
+    turned = view_of(data, WORLD, symmetric=True, splice=0.0, shuffle=0.0)  # whole episodes
+    assert (turned["row"] == torch.arange(200)[:, None]).all() and (
+        turned["step"] == torch.arange(turned["step"].shape[1])
+    ).all()
 
 
 def test_a_shuffled_past_is_the_episodes_own_in_exchanged_colours_and_is_not_steered():
     data = batch(200)
     torch.manual_seed(0)
-    view = view_of(data, WORLD, symmetric=False, splice=1., shuffle=1.)
+    view = view_of(data, WORLD, symmetric=False, splice=1.0, shuffle=1.0)
     own, length, orders = data["obs"][:, :-1], data["mask"].sum(1), set()
-    assert torch.equal(view["action"], data["action"]) and (view["row"] == torch.arange(200)[:, None]).all()
+    assert (
+        torch.equal(view["action"], data["action"])
+        and (view["row"] == torch.arange(200)[:, None]).all()
+    )
     steered = (view["mask"].sum(1) / length)[:, None]
-    assert (steered > 0).all() and .45 < steered.mean() < .6  # cut at a uniformly random step
+    assert (steered > 0).all() and 0.45 < steered.mean() < 0.6  # cut at a uniformly random step
     for b in range(200):
         n, cut = int(length[b]), int(length[b] - view["mask"][b].sum())
         assert view["mask"][b].tolist() == [cut <= t < n for t in range(own.shape[1])]
-        assert torch.equal(view["obs"][b, cut:n], own[b, cut:n])  # from the cut on nothing is changed
+        assert torch.equal(
+            view["obs"][b, cut:n], own[b, cut:n]
+        )  # from the cut on nothing is changed
         if cut:
             past, true = view["obs"][b, :cut], own[b, :cut]
-            assert torch.equal(past[:, WORLD.O:], true[:, WORLD.O:])  # walls and agent are where they were
-            order = tuple(true[0, :WORLD.O].tolist().index(cell) for cell in past[0, :WORLD.O].tolist())
-            assert torch.equal(past[:, :WORLD.O], true[:, list(order)])  # one exchange for the whole past
+            assert torch.equal(
+                past[:, WORLD.O :], true[:, WORLD.O :]
+            )  # walls and agent are where they were
+            order = tuple(
+                true[0, : WORLD.O].tolist().index(cell) for cell in past[0, : WORLD.O].tolist()
+            )
+            assert torch.equal(
+                past[:, : WORLD.O], true[:, list(order)]
+            )  # one exchange for the whole past
             orders.add(order)
     assert len(orders) > 60  # of 120
