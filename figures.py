@@ -24,6 +24,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.animation import FuncAnimation, PillowWriter
+from matplotlib.ticker import MaxNLocator
 
 import train
 from envs import PALETTE
@@ -101,30 +102,44 @@ def seeds_of(seeds):
 
 # -------------------------------------------------------------------------- 2. success (Fig. 8, A5)
 
-def draw_success(folders, to):
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8))
-    texts = []
+def draw_success(folders, to, seeds):
+    """seeds: this preset's entry of results.json, which knows more seeds than there are logs."""
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), width_ratios=(1, 1, .9))
+    ends = []
     for (name, label), colour in zip(METHODS.items(), COLOURS):
-        seeds = logs(folders, name)
-        if not seeds:
+        runs = logs(folders, name)
+        if not runs:
             continue
-        curves = [{line["episodes"]: line["eval_success"] for line in log} for log in seeds]
+        curves = [{line["episodes"]: line["eval_success"] for line in log} for log in runs]
         episodes = sorted(set.intersection(*map(set, curves)))  # where every seed was evaluated
         success = np.array([[curve[n] for n in episodes] for curve in curves])  # (seeds, points)
         low, middle, high = np.quantile(success, (.25, .5, .75), axis=0)
-        for axis in axes:
+        for axis in axes[:2]:
             axis.plot(episodes, middle, color=colour, marker=".", clip_on=False)
             axis.fill_between(episodes, low, high, color=colour, alpha=.25, lw=0)
-        texts.append((middle[-1], episodes[-1], f"{label} ({seeds_of(seeds)})", colour))
-    for k, (y, x, text, colour) in enumerate(sorted(texts)):  # labels at the ends, none on another
-        axes[0].annotate(text, (x, y), color=colour, fontsize=8, va="center",
-                         xytext=(1.03, .06 + .24 * k), textcoords="axes fraction")
+        ends.append((middle[-1], f"{label}\n({seeds_of(runs)})", colour))
+    height = -1.
+    for y, text, colour in sorted(ends):  # at the curves' ends, and none on another
+        height = max(y, height + .12)
+        axes[0].annotate(text, (1.03, height), xycoords=("axes fraction", "data"), color=colour,
+                         fontsize=8, va="center")
     for axis, scale in zip(axes, ("linear", "symlog")):
         axis.set(xlabel="episodes", ylabel="success, post-training task", ylim=(0, 1))
+        axis.ticklabel_format(axis="x", style="sci", scilimits=(3, 3))
         if scale == "symlog":  # linear below 1e-3, so that 0 is at 0
             axis.set_yscale(scale, linthresh=1e-3)
             axis.set_yticks([0, 1e-3, 1e-2, 1e-1, 1], ["0", "0.001", "0.01", "0.1", "1"])
-    figure.subplots_adjust(wspace=.75)
+    shown = 0
+    for key, (label, colour) in zip(("rl_success", "forced_success", "cotrain_success",
+                                     "raw_success"), zip(METHODS.values(), COLOURS)):
+        values = [seed[key] for seed in seeds if seed.get(key) is not None]
+        if values:
+            axes[2].plot([shown] * len(values), values, "o", color=colour, alpha=.6, clip_on=False)
+            axes[2].text(shown, -.06, f"{label}\n({seeds_of(values)})".replace(" ", "\n", 1),
+                         color=colour, fontsize=8, ha="center", va="top")
+            shown += 1
+    axes[2].set(title="at the end, every seed", ylim=(0, 1), xlim=(-.6, shown - .4), xticks=[])
+    figure.subplots_adjust(wspace=.6)
     save(figure, to / "success.png")
 
 
@@ -199,6 +214,7 @@ def film(path, body, world, data, n, env, end):
         seen = np.where(np.arange(T) <= t, code, np.nan)  # (n_z, T)
         below.imshow(seen, aspect="auto", cmap="coolwarm", vmin=-2.5, vmax=2.5)
         below.set(ylabel="code z", xlabel="step", yticks=[])
+        below.xaxis.set_major_locator(MaxNLocator(integer=True))
 
     times = sorted({*range(0, T, max(1, T // 60)), T})
     movie = FuncAnimation(figure, frame, frames=times)
@@ -300,8 +316,8 @@ ROWS = {
 
 
 def write_results(folders, preset, to):
-    """Put these seeds into this preset's entry of results.json and print the entry as a table.
-    Other seeds and presets stay as they are.
+    """Put these seeds into this preset's entry of results.json, print the entry as a table and
+    return it. Other seeds and presets stay as they are.
 
     Of a seed that the file knows, a folder in which only rivals were evaluated adds their numbers,
     and rivals that it lacks keep theirs.
@@ -328,6 +344,7 @@ def write_results(folders, preset, to):
             cells = ["not run" if seed.get(key) is None else form.format(seed[key])
                      for seed in seeds]
             print(f"| {title} | " + " | ".join(cells) + " |")
+    return seeds
 
 
 def main(argv=None):
@@ -345,20 +362,21 @@ def main(argv=None):
     to = Path(args.to)
     pictures = to / args.preset
     pictures.mkdir(parents=True, exist_ok=True)
-    whole = {draw_curves: "base", draw_success: "policy"}
-    one = {draw_gate: "meta", draw_film: "policy"}
     try:
-        for draw, name in (whole | one).items():
+        seeds = write_results(folders, args.preset, to)
+        for draw, name in ((draw_curves, "base"), (draw_gate, "meta"), (draw_film, "policy"),
+                           (draw_success, "policy")):
             # Only finished checkpoints: an unfinished one would be trained on.
             have = [folder for folder in folders if ready(folder, name)]
             if not have:
                 print(f"{draw.__name__}: no finished {name}.pt, skipped")
+            elif draw is draw_success:
+                draw(folders, pictures, seeds)
             else:
-                draw(have if draw in whole else have[0], pictures)
+                draw(have if draw is draw_curves else have[0], pictures)
     except (Refused, RuntimeError) as refusal:  # RuntimeError: no driver to draw with
         print(f"figures.py: {refusal}", file=sys.stderr)
         return 2
-    write_results(folders, args.preset, to)
     return 0
 
 

@@ -728,7 +728,9 @@ def prepare(run, preset, stage, stale):
                if value != getattr(preset, key)]
     print(f"{run.preset}, seed {run.cfg.seed}: " + (" ".join(changed) or "as the preset says"))
     earlier = [name for name in run.names if finished(run, name)]
-    shipped = [name for name in run.names if stage != "eval" and use_shipped(run, name)]
+    # Walkers and bases, which take long; the rest of assets/ is for play.py.
+    shipped = [name for name in run.names if name in ("walker", "base") and stage != "eval"
+               and use_shipped(run, name)]
     if earlier:
         print(f"finished earlier, reused: {', '.join(earlier)}")
     if shipped:
