@@ -135,8 +135,9 @@ def draw_success(folders, to, seeds):
         values = [seed[key] for seed in seeds if seed.get(key) is not None]
         if values:
             axes[2].plot([shown] * len(values), values, "o", color=colour, alpha=.6, clip_on=False)
-            axes[2].text(shown, -.06, f"{label}\n({seeds_of(values)})".replace(" ", "\n", 1),
-                         color=colour, fontsize=8, ha="center", va="top")
+            words = label.replace("-action", "").replace("co-", "co-\n").replace(" ", "\n")
+            axes[2].text(shown, -.04, f"{words}\n{len(values)} seeds", color=colour, fontsize=7,
+                         ha="center", va="top")
             shown += 1
     axes[2].set(title="at the end, every seed", ylim=(0, 1), xlim=(-.6, shown - .4), xticks=[])
     figure.subplots_adjust(wspace=.6)
