@@ -25,6 +25,7 @@ import functools
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from importlib.metadata import version
@@ -896,6 +897,11 @@ class Ant:
         if cfg.demonstrations <= HELD_OUT:
             raise Refused(f"--demonstrations {cfg.demonstrations} must be more than the {HELD_OUT} "
                           f"held out")
+        # Two sets of episodes of 100 steps and more, in float32.
+        needed = 2 * cfg.demonstrations * 100 * 4 * (senses(world_of(cfg)) + 8)
+        if needed > shutil.disk_usage(".").free:
+            raise Refused(f"--demonstrations {cfg.demonstrations} takes at least "
+                          f"{needed / 2 ** 30:,.0f} GiB, more than the disk has free")
         if cfg.eps:
             raise Refused(f"--eps {cfg.eps} is for the grid: the ant's demonstrations have the "
                           f"walker's own noise")

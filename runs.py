@@ -621,6 +621,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")  # one sentence, without the page of usage
 
+    def parse_args(self, argv=None):
+        args = super().parse_args(argv)
+        for name, value in vars(args).items():
+            if isinstance(value, list):  # what argparse makes of `--alpha=--`
+                self.error(f"argument --{name}: expected one value")
+        return args
+
 
 def boolean(text):
     if text not in ("True", "False"):

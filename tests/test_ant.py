@@ -807,10 +807,19 @@ def test_every_stage_runs_on_recorded_ants(tmp_path, monkeypatch, capsys):
         assert "demonstrations-clean was made with" in capsys.readouterr().err
 
 
-def test_wrong_requests_for_ants(tmp_path, capsys):
-    for flags, word in ((["--stage", "expert"], "expert"), (["--body", "bee"], "body")):
-        assert (
-            train.main(["--preset", "smoke", "--out", str(tmp_path / "x"), *flags]) == 2
-            and word in capsys.readouterr().err
-        )
+@pytest.mark.parametrize(
+    "flags, word",
+    [
+        (["--stage", "expert"], "expert"),
+        (["--body", "bee"], "body"),
+        (["--thin", ".5"], "--thin is for the ant"),
+        (["--preset", "ant-small", "--demonstrations", "1000000000000"], "the disk has free"),
+        (["--preset", "ant-small", "--demonstrations", "512"], "held out"),
+        (["--preset", "ant-small", "--eps", ".1"], "own noise"),
+    ],
+)
+def test_wrong_requests_for_ants(tmp_path, capsys, flags, word):
+    assert train.main(["--preset", "smoke", "--out", str(tmp_path / "x"), *flags]) == 2
+    err = capsys.readouterr().err
+    assert word in err and len(err.strip().splitlines()) == 1
     assert not (tmp_path / "x").exists()

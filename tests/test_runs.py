@@ -224,6 +224,8 @@ def test_absurd_numbers_are_refused(tmp_path, capsys):
         (["--hidden", "99999999999999999999"], "--hidden"),
         (["--eps", "-inf"], "--eps"),
         (["--alpha", "inf"], "--alpha"),
+        (["--alpha=--"], "--alpha"),
+        (["--preset=--"], "--preset"),
     ):
         assert word in refused(["--preset", "smoke", "--out", str(tmp_path / "x"), *flags], capsys)
     assert not (tmp_path / "x").exists()
