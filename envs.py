@@ -1,17 +1,9 @@
 """gridworld-pinpad, its expert, and the exact bounds that every loss is compared with.
 
-Read this file first. It needs NumPy and gymnasium only. Bottom-up:
-
-  1. task sets      Tables A1 and A2, written as in the paper; `World` holds one world's rules
-  2. the rules      sample_layouts, next_cell: A.1.1 as small tables; the symmetries of the square
-  3. GridWorlds     N worlds stepped at once, the ONE implementation of the rules
-  4. GridPinpad     the same as a gymnasium environment (a batch of one), with pictures
-  5. the expert     shortest paths by dynamic programming, the stochastic expert of C.1.1
-  6. trajectories   labelled episodes: `simulate` plays any actor, `generate` the expert
-  7. exact bounds   action NLL that no sequence model can beat, and that a controller can reach
-
+Read this file first. It needs NumPy and gymnasium only. Bottom-up: 1. task sets (Tables A1, A2) and
+World, the rules' numbers   2. the rules as small tables   3. GridWorlds, N worlds stepped at once
+4. GridPinpad, one of them for gymnasium   5. the expert (C.1.1)   6. trajectories   7. exact bounds
 The second world, a MuJoCo ant on the same board, is in ant.py, which adds itself to WORLDS.
-Paper sections: A.1 (the world), Tables A1-A2 (tasks), C.1.1 (expert), C.4.4 (clean experts).
 
 Glossary (name -> meaning -> shape; N worlds, T steps, C = G*G cells, O colours, W walls,
 K = O+W+1 things)
@@ -62,19 +54,18 @@ TASK_SETS = {
 }
 
 
-def parse_colours(text):
-    """'0-1-4' -> (0, 1, 4)."""
-    return tuple(int(colour) for colour in text.split("-"))
+def parse_tasks(text):
+    """'0-1-4 2-3' -> ((0, 1, 4), (2, 3))."""
+    return tuple(tuple(int(colour) for colour in task.split("-")) for task in text.split())
 
 
 @dataclass(frozen=True)
 class World:
-    """The rules of one pinpad (A.1, A.2). Raises ValueError, in one sentence, if there is none.
+    """The rules of one pinpad (A.1, A.2). ValueError, in one sentence, if there is no such world.
 
     G: side of the grid; O: colours; W: walls; T: horizon in steps; task_set: a key of TASK_SETS;
     post: another post-training task than the task set's own, such as "0-1-2"; body: a key of
-    WORLDS: "point" moves from cell to cell (A.1), "ant" walks over them (A.2, see ant.py);
-    compass: the ant's alone, see ant.AntWorlds.
+    WORLDS, "point" (A.1) or "ant" (A.2); compass: see ant.AntWorlds.
     """
     G: int = 7
     O: int = 8
@@ -106,27 +97,13 @@ class World:
                              f"colours, O={self.O}")
         self.read_task(self.post or TASK_SETS[self.task_set][2])
 
-    @property
-    def cells(self):
-        return self.G * self.G
-
-    @property
-    def things(self):
-        """Colours, walls and the agent: the number K of ones in an observation."""
-        return self.O + self.W + 1
-
-    @property
-    def subgoals(self):
-        return tuple(parse_colours(text) for text in TASK_SETS[self.task_set][0].split())
-
-    @property
-    def tasks(self):
-        """The pretraining tasks, each a tuple of colours."""
-        return tuple(parse_colours(text) for text in TASK_SETS[self.task_set][1].split())
-
-    @property
-    def post_task(self):
-        return parse_colours(self.post or TASK_SETS[self.task_set][2])
+    # Number of cells C, and of things K: colours, walls, the agent. Subgoals and pretraining tasks,
+    # each a tuple of colours.
+    cells = property(lambda self: self.G * self.G)
+    things = property(lambda self: self.O + self.W + 1)
+    subgoals = property(lambda self: parse_tasks(TASK_SETS[self.task_set][0]))
+    tasks = property(lambda self: parse_tasks(TASK_SETS[self.task_set][1]))
+    post_task = property(lambda self: parse_tasks(self.post or TASK_SETS[self.task_set][2])[0])
 
     def read_task(self, task):
         """A task as a tuple of colours, from "0-1-4" or from any sequence of whole numbers.
@@ -153,10 +130,8 @@ class World:
 
     def subgoal_of(self, task):
         """Cut a task into subgoals: for each of its colours, (index of its subgoal, number of
-        subgoals before it). The last may be cut short. ValueError if it is made of anything else.
-        """
-        labels = []
-        segment = 0
+        subgoals before it). The last may be cut short. ValueError if it is made of others."""
+        labels, segment = [], 0
         while len(labels) < len(task):
             rest = task[len(labels):]
             match = next((i for i, subgoal in enumerate(self.subgoals)
@@ -172,13 +147,10 @@ class World:
 # -------------------------------------------------------------------------- 2. the rules, as tables
 
 def sample_layouts(world, rng, n):
-    """Draw n initial states: colours, walls and agent on distinct random cells (A.1.1).
-
-    Returns things (n, O+W) int64 and agent (n,) int64. `rng` is a numpy Generator.
-    """
+    """n initial states: colours, walls and agent on distinct random cells (A.1.1). Returns things
+    (n, O+W) and agent (n,), int64. `rng` is a numpy Generator."""
     order = rng.random((n, world.cells)).argsort(axis=1)  # (n, C): a random permutation each
-    order = order[:, :world.things]  # (n, K)
-    return order[:, :-1], order[:, -1]
+    return order[:, :world.things - 1], order[:, world.things - 1]
 
 
 def neighbour_table(G):
@@ -260,16 +232,13 @@ class GridWorlds:
         self.done, self.success = np.zeros(n, bool), np.zeros(n, bool)
         self.rows = np.arange(n)
 
-    def target(self):
-        """(N,) the colour to visit next; -2 once the task is completed."""
+    def target(self):  # (N,); -2 once the task is completed
         return self.task[self.rows, self.progress]
 
-    def subgoal(self):
-        """(N,) index of the subgoal in progress; -1 once the task is completed."""
+    def subgoal(self):  # (N,); -1 once the task is completed
         return self.label[self.rows, self.progress, 0]
 
-    def segment(self):
-        """(N,) number of subgoals finished; -1 once the task is completed."""
+    def segment(self):  # (N,); -1 once the task is completed
         return self.label[self.rows, self.progress, 1]
 
     def obs(self):
@@ -303,11 +272,6 @@ class GridWorlds:
 
 
 WORLDS["point"] = GridWorlds
-
-
-def start(world, tasks, things, agent, rng=None, threads=None):
-    """N worlds of this body, each at the start of an episode. Arguments as of GridWorlds."""
-    return WORLDS[world.body](world, tasks, things, agent, rng, threads)
 
 
 # ------------------------------------------------------------------------------- 4. gymnasium views
@@ -349,7 +313,7 @@ class Pinpad(gym.Env):
             raise ValueError(f"options are None or {{'task': ...}}, not {options!r}")
         task = self.world.read_task(options.get("task", self.world.post_task))
         layout = sample_layouts(self.world, self.np_random, 1)
-        self.worlds = start(self.world, [task], *layout, self.np_random, threads=1)
+        self.worlds = WORLDS[self.body](self.world, [task], *layout, self.np_random, threads=1)
         self.ended = (False, False)
         return self._observe()
 
@@ -411,11 +375,9 @@ gym.register("GridPinpad-v0", entry_point="envs:GridPinpad")
 def draw_grid(world, obs, cell_px=32):
     """An RGB picture of one observation obs (K,): (G * cell_px, G * cell_px, 3) uint8; walls
     dark, the agent a black disc."""
-    contents = contents_table(world, obs[None, :-1])[0]  # (C,)
     colour = np.full((world.cells, 3), 245, np.uint8)
-    colour[contents == world.O] = 70
-    on = (contents >= 0) & (contents < world.O)
-    colour[on] = PALETTE[contents[on] % len(PALETTE)]
+    colour[obs[:world.O]] = PALETTE[np.arange(world.O) % len(PALETTE)]
+    colour[obs[world.O:-1]] = 70
     picture = colour.reshape(world.G, world.G, 3)  # (C, 3) -> (G, G, 3)
     picture = picture.repeat(cell_px, axis=0).repeat(cell_px, axis=1)
     picture[::cell_px] = picture[:, ::cell_px] = 210  # grid lines
@@ -429,9 +391,8 @@ def draw_grid(world, obs, cell_px=32):
 def ascii_grid(world, obs):
     """One observation (K,) as text: digits are colours, # walls, @ the agent (it hides a colour
     it stands on)."""
-    symbols = np.array([*(str(colour) for colour in range(world.O)), "#", "."])
-    text = symbols[contents_table(world, obs[None, :-1])[0]]  # content -1 takes the last symbol
-    text[obs[-1]] = "@"
+    text = np.full(world.cells, ".", object)
+    text[obs] = [*map(str, range(world.O)), *"#" * world.W, "@"]
     return "\n".join(" ".join(row) for row in text.reshape(world.G, world.G)) + "\n"
 
 
@@ -470,10 +431,9 @@ def distances(world, things):
 def expert_probs(world, contents, dist, agent, target, eps=0.0):
     """The stochastic expert: probability of each action when heading for `target` (C.1.1).
 
-    contents (N, C), dist (N, O, C), agent (N, T) cells, target (N, T, J) colours ->
-    (N, T, J, 4) float64. All actions on a shortest path are equally likely; with probability eps
-    a random action that does not end the episode (visits no wrong colour) is taken instead. Rows
-    are zero where the target cannot be reached (it is then never demonstrated).
+    contents (N, C), dist (N, O, C), agent (N, T) cells, target (N, T, J) colours -> (N, T, J, 4)
+    float64. All actions on a shortest path are equally likely; with probability eps a random one
+    that visits no wrong colour is taken instead. Rows are zero where the target can't be reached.
     """
     n = np.arange(len(agent))[:, None, None, None]
     cell = next_cell(world, contents, agent)  # (N, T, 4)
@@ -538,8 +498,7 @@ class Trajectories:
         return np.arange(self.action.shape[1]) < self.length[:, None]
 
     def obs(self):
-        """(N, T+1, K) int64, index form, or (N, T+1, F) of a body with senses; obs[:, t] is seen
-        before action t."""
+        """(N, T+1, K) int64, or (N, T+1, F) of a body; obs[:, t] is seen before action t."""
         if self.sensed is not None:
             return self.sensed
         N, T1 = self.agent.shape
@@ -565,28 +524,20 @@ PER_STEP = ("action", "target", "progress", "subgoal", "segment")
 
 def concatenate(parts):
     """Join Trajectories of different lengths, padding with zeros."""
-    T = max(part.action.shape[1] for part in parts)
-
-    def joined(name, steps):  # (n, T_part, ...) of each part -> (N, steps, ...)
+    def joined(name):  # (n, T, ...) of each part -> (N, the longest T, ...)
         arrays = [getattr(part, name) for part in parts]
-        wide = [((0, 0), (0, steps - x.shape[1])) + ((0, 0),) * (x.ndim - 2) for x in arrays]
-        return np.concatenate([np.pad(x, width) for x, width in zip(arrays, wide)])
-
-    return Trajectories(
-        things=np.concatenate([part.things for part in parts]),
-        length=np.concatenate([part.length for part in parts]),
-        agent=joined("agent", T + 1),
-        sensed=None if parts[0].sensed is None else joined("sensed", T + 1),
-        **{name: joined(name, T) for name in PER_STEP})
+        if arrays[0] is None or arrays[0].ndim == 1:
+            return None if arrays[0] is None else np.concatenate(arrays)
+        T = max(x.shape[1] for x in arrays)
+        return np.concatenate([np.pad(x, ((0, 0), (0, T - x.shape[1]), *[(0, 0)] * (x.ndim - 2)))
+                               for x in arrays])
+    return Trajectories(**{f.name: joined(f.name) for f in fields(Trajectories)})
 
 
 def simulate(world, tasks, things, agent, act, rng=None):
     """Play N episodes to their end with `act(worlds, alive) -> actions (len(alive), ...)`,
-    alive = indices of unfinished worlds. rng: for the poses of bodies.
-
-    Returns all of them as Trajectories, and success (N,).
-    """
-    worlds = start(world, tasks, things, agent, rng)
+    alive = indices of unfinished worlds. Returns all as Trajectories, and success (N,)."""
+    worlds = WORLDS[world.body](world, tasks, things, agent, rng)
     steps, cells, sensed = [], [worlds.agent], [worlds.obs()]
     while not worlds.done.all():
         alive = np.flatnonzero(~worlds.done)
@@ -677,8 +628,7 @@ def exact_bounds(world, data, eps=0.0):
     bayes = np.zeros((N, T))
     beliefs = np.zeros((N, T, len(world.subgoals)))
     for t in range(T):
-        # Where each task would be heading now. A task that is finished is ruled out: its episode
-        # would have ended.
+        # Where each task would be heading now. One that is finished would have ended the episode.
         legs = np.minimum(data.progress[:, t], targets.shape[1] - 1)  # (N,)
         target, label = targets[:, legs].T, labels[:, legs].T  # (N, tasks)
         posterior = np.where(mask[:, t, None], posterior * (target >= 0), posterior)
@@ -687,8 +637,7 @@ def exact_bounds(world, data, eps=0.0):
             beliefs[:, t, s] = (posterior * (label == s)).sum(1)
         likelihood = np.take_along_axis(taken[:, t], target.clip(0), axis=1)  # (N, tasks)
         posterior = np.where(mask[:, t, None], posterior * likelihood, posterior)
-        # A wrong colour entered has likelihood 0 under the task in question, so `progress` is
-        # right for every task still alive.
+        # A wrong colour entered has likelihood 0: `progress` is right for every task still alive.
         bayes[:, t] = -np.log(np.where(mask[:, t], posterior.sum(1), 1.))
     told = np.take_along_axis(taken, data.target[..., None], axis=-1)[..., 0]  # (N, T)
     known = -np.log(np.where(mask, told, 1.))
