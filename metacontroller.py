@@ -48,33 +48,36 @@ class Decoder(nn.Module):
         self.n_z, self.width, self.rank = n_z, width, rank
         self.net = mlp(n_z, hidden, 2 * width * rank if rank else width * width)
 
-    def factors(self, z):
-        """z (..., n_z) -> left (..., D, r) and right (..., r, D) with U = left @ right."""
-        left, right = self.net(z).chunk(2, dim=-1)  # (..., 2 D r) -> (..., D r) twice
-        left = left.view(*z.shape[:-1], self.width, self.rank)
-        return left, right.view(*z.shape[:-1], self.rank, self.width)
-
     def forward(self, e, z):
-        """Eq. 11: e (..., D), z (..., n_z) -> e + U e. U itself is never built."""
-        if self.rank:
-            left, right = self.factors(z)
-            inner = right @ e[..., None]  # (..., r, D) @ (..., D, 1) -> (..., r, 1)
-            return e + (left @ inner)[..., 0]  # (..., D, r) @ (..., r, 1) -> (..., D, 1)
-        # U is linear in the hidden units, U = sum_h hidden_h W_h + bias: W_h e for all h at once,
-        # then their sum. D H_d numbers per step, not D^2.
-        D, last = self.width, self.net[2]
+        """Eq. 11: e (..., D), z (..., n_z) -> e + U e. U itself is never built.
+
+        U is linear in the hidden units: U = left right with left = sum_h hidden_h L_h + bias (and
+        right likewise). So R_h e is computed for all h at once and summed, r H_d numbers a step,
+        instead of the 2 D r entries of left and right.
+        """
         hidden = self.net[1](self.net[0](z))  # (..., H_d)
-        # (D out * D in, H_d) -> (D in, D out * H_d)
-        W = last.weight.view(D, D, -1).transpose(0, 1).reshape(D, -1)
-        each = (e @ W).view(*e.shape, -1)  # (..., D * H_d) -> (..., D, H_d)
-        return e + (each @ hidden[..., None])[..., 0] + e @ last.bias.view(D, D).T
+        D, r, last = self.width, self.rank, self.net[2]
+        if not r:  # a full matrix: U = sum_h hidden_h W_h + bias
+            # (D out * D in, H_d) -> (D in, D out * H_d)
+            W = last.weight.view(D, D, -1).transpose(0, 1).reshape(D, -1)
+            each = (e @ W).view(*e.shape, -1)  # (..., D * H_d) -> (..., D, H_d)
+            return e + (each @ hidden[..., None])[..., 0] + e @ last.bias.view(D, D).T
+        left, right = last.weight.chunk(2)  # (D r, H_d) and (r D, H_d)
+        left_bias, right_bias = last.bias.chunk(2)  # (D r,) and (r D,)
+        R = right.view(r, D, -1).transpose(0, 1).reshape(D, -1)  # -> (D, r, H_d) -> (D, r * H_d)
+        each = (e @ R).view(*e.shape[:-1], r, -1)  # (..., r * H_d) -> (..., r, H_d)
+        inner = (each @ hidden[..., None])[..., 0] + e @ right_bias.view(r, D).T  # (..., r)
+        outer = inner[..., None] * hidden[..., None, :]  # (..., r, 1) * (..., 1, H_d)
+        L = left.view(D, -1).T  # (D r, H_d) -> (D, r * H_d) -> (r * H_d, D)
+        return e + outer.flatten(-2) @ L + inner @ left_bias.view(D, r).T
 
     def matrix(self, z):
         """U itself, (..., D, D): for tests and for looking at it."""
-        if not self.rank:
-            return self.net(z).view(*z.shape[:-1], self.width, self.width)  # (..., D * D)
-        left, right = self.factors(z)
-        return left @ right
+        flat, D, r = self.net(z), self.width, self.rank  # (..., 2 D r) or (..., D * D)
+        if not r:
+            return flat.view(*z.shape[:-1], D, D)
+        left, right = flat.chunk(2, dim=-1)  # (..., D * r) and (..., r * D)
+        return left.view(*z.shape[:-1], D, r) @ right.view(*z.shape[:-1], r, D)
 
 
 # -------------------------------------------------------------------------- 2. metacontroller (D.2)

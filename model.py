@@ -131,11 +131,9 @@ class GridParts:
 
 # ----------------------------------------------------------------------------- 2. attention (D.1.2)
 
-def relative_buckets(T, buckets):
-    """(T, T) int64: bucket of the distance i - j >= 0, the first half exactly, then logarithmic
-    up to 128 (the T5 scheme; the paper names 32 buckets and no formula). Distances into the
-    future share bucket 0; the causal mask removes them."""
-    distance = (torch.arange(T)[:, None] - torch.arange(T)[None, :]).clamp(min=0)
+def relative_buckets(distance, buckets):
+    """The bucket of each distance i - j >= 0, int64 of any shape: the first half exactly, then
+    logarithmic up to 128 (the T5 scheme; the paper names 32 buckets and no formula)."""
     exact = buckets // 2
     octaves = torch.log(distance.clamp(min=1) / exact) / math.log(128 / exact)
     far = exact + (octaves * (buckets - exact)).long()
@@ -149,12 +147,13 @@ class RelativeBias(nn.Module):
         super().__init__()
         self.table = nn.Parameter(torch.zeros(buckets, heads))
 
-    def forward(self, T, device):
-        """(H, T, T) additive bias, -inf above the diagonal: position and causality in one."""
-        buckets = relative_buckets(T, len(self.table)).to(device)
-        bias = self.table[buckets].permute(2, 0, 1)  # (T, T, H) -> (H, T, T)
-        future = torch.ones(T, T, dtype=torch.bool, device=device).triu(1)
-        return bias.masked_fill(future, -math.inf)
+    def forward(self, T, device, first=0):
+        """(H, T - first, T) additive bias of steps first .. T-1, -inf on the future: position and
+        causality in one. An acting step needs its own row only (first = T - 1)."""
+        t = torch.arange(T, device=device)
+        distance = t[first:, None] - t  # (T - first, T)
+        bias = self.table[relative_buckets(distance.clamp(min=0), len(self.table))]
+        return bias.permute(2, 0, 1).masked_fill(distance < 0, -math.inf)  # (H, T - first, T)
 
 
 class Attention(nn.Module):
@@ -365,7 +364,7 @@ class SequenceModel(nn.Module):
         elif caches is None:
             bias = self.bias(x.shape[1], x.device)  # of a whole sequence
         else:
-            bias = self.bias(t + 1, x.device)[:, t:]  # (H, 1, t+1): its row t
+            bias = self.bias(t + 1, x.device, t)  # (H, 1, t+1): of step t alone
         for i, block in enumerate(self.blocks[first:last]):
             x = block(x, bias, None if caches is None else caches[i])
         return x

@@ -53,6 +53,22 @@ def test_controller_is_e_plus_U_e(rank):
     assert not torch.allclose(U, torch.diag_embed(U.diagonal(dim1=-2, dim2=-1)))
 
 
+@pytest.mark.parametrize("rank", [4, 0])
+def test_the_fast_decoder_equals_the_obvious_one_gradients_included(rank):
+    torch.manual_seed(0)
+    decoder = Decoder(3, 16, rank, hidden=5).double()
+    for parameter in decoder.parameters():  # the biases, too
+        torch.nn.init.normal_(parameter)
+    e, z = torch.randn(2, 5, 16).double(), torch.randn(2, 5, 3).double()
+    inputs = [e.requires_grad_(), z.requires_grad_(), *decoder.parameters()]
+    weight = torch.randn(2, 5, 16).double()
+    obvious = e + (decoder.matrix(z) @ e[..., None])[..., 0]
+    fast = decoder(e, z)
+    assert torch.allclose(fast, obvious)
+    mine, theirs = (torch.autograd.grad((y * weight).sum(), inputs) for y in (fast, obvious))
+    assert all(torch.allclose(a, b) for a, b in zip(mine, theirs))
+
+
 @pytest.mark.parametrize("gate", ["soft", "gumbel", "forced"])
 def test_action_loss_alone_reaches_every_part(gate):
     """alpha = 0: encoder, embedder, GRU, switch and decoder must all be taught by the actions,

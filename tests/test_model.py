@@ -13,6 +13,7 @@ from model import (
     BoundedSqrt,
     GridParts,
     Recurrence,
+    RelativeBias,
     SequenceModel,
     action_nll,
     obs_nll,
@@ -178,10 +179,19 @@ def test_observation_likelihood_is_normalised():
 
 
 def test_relative_buckets_are_exact_when_near_and_coarse_when_far():
-    buckets = relative_buckets(100, 32)
-    assert buckets[50, 50] == 0 and buckets[50, 40] == 10 and buckets[15, 0] == 15
-    row = buckets[99].flip(0)  # by growing distance
+    row = relative_buckets(torch.arange(100), 32)
+    assert row[:17].tolist() == list(range(17))
     assert (row[1:] >= row[:-1]).all() and row[-1] < 32 and len(row.unique()) > 24
+    assert relative_buckets(torch.tensor([127, 128, 10**6]), 32).tolist() == [31, 31, 31]
+
+
+def test_the_bias_of_one_step_is_its_row_of_the_whole_and_hides_the_future():
+    bias = RelativeBias(8, 2)
+    torch.nn.init.normal_(bias.table)
+    whole = bias(20, "cpu")
+    assert torch.isinf(whole.triu(1)[:, :-1].amin(-1)).all() and torch.isfinite(whole.tril()).all()
+    for t in range(20):
+        assert torch.equal(bias(t + 1, "cpu", t), whole[:, t : t + 1, : t + 1])
 
 
 # -------------------------------------------------------------------------------- Hawk
