@@ -7,7 +7,7 @@
   5. AntPinpad         the same for gymnasium, with its picture
   6. Walker            PPO for the expert (C.1.1), with the clipped objective of internal_rl.py
   7. demonstrations    recorded once, as simulation is expensive
-  8. AntParts          embedding and heads of a base model
+  8. ant_parts         embedding and heads of a base model
   9. right turns       does the base know which way the expert will leave a cell?
  10. Ant               what train.py needs to know of this body: train.Grid is the grid's
 
@@ -760,7 +760,7 @@ def thinned(batch, G, share):
     return thin | {"obs": obs[rows, seen], "mask": keep[rows, steps]}
 
 
-# -------------------------------------------------------------------------------------- 8. AntParts
+# ------------------------------------------------------------------------------------- 8. ant_parts
 
 class BodyEmbedding(nn.Module):
     """An observation (B, T, F) -> e_0 (B, T, D): a matrix times it, and times what it implies.
@@ -796,23 +796,14 @@ class BodyEmbedding(nn.Module):
         return x + self.bag(rows.view(B * T, self.kinds)).view(B, T, -1)  # (B*T, D) -> (B, T, D)
 
 
-class AntParts:
-    """The ends of a SequenceModel that belong to the ant: see model.GridParts."""
-
-    def __init__(self, world, relative):
-        self.world, self.relative = world, relative
-
-    def embedding(self, width):
-        F = senses(self.world)
-        # NOT in paper: scale 1 instead of 0.1, so that e_0 has about unit variance.
-        return (BodyEmbedding(F, self.world.G, self.world.things, width) if self.relative
-                else linear(F, width, 1.))
-
-    def action_head(self, width):
-        return GaussianHead(width, 8)
-
-    def obs_head(self, width):
-        return GaussianHead(width, senses(self.world))
+def ant_parts(world, relative):
+    """See model.grid_parts. NOT in paper: scale 1 instead of 0.1, so that e_0 has about unit
+    variance."""
+    F = senses(world)
+    return (lambda width: BodyEmbedding(F, world.G, world.things, width) if relative
+            else linear(F, width, 1.),
+            lambda width: GaussianHead(width, 8),
+            lambda width: GaussianHead(width, F))
 
 
 # ----------------------------------------------------------------------------------- 9. right turns
@@ -888,7 +879,7 @@ def right_turns(walker, world, data, action):
 
 class Ant:
     """What the stages of train.py need to know of this body; train.Grid says what each is."""
-    parts = AntParts
+    parts = staticmethod(ant_parts)
     expert = staticmethod(expert)
     identity = {"codes": 64, "layouts": 16}  # few, of long episodes
 

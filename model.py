@@ -112,21 +112,12 @@ class ObsEmbedding(nn.Module):
         return self.bag(rows).view(B, T, -1) + self.bias  # (B*T, D) -> (B, T, D)
 
 
-class GridParts:
-    """The ends of a SequenceModel that belong to its world; each makes one module, in the order
-    embedding, action_head, obs_head. ant.AntParts are those of the ant."""
-
-    def __init__(self, world, relative):
-        self.world, self.relative = world, relative
-
-    def embedding(self, width):
-        return ObsEmbedding(self.world.G, self.world.things, width, self.relative)
-
-    def action_head(self, width):
-        return linear(width, 4)
-
-    def obs_head(self, width):
-        return linear(width, self.world.things * self.world.cells)
+def grid_parts(world, relative):
+    """The ends of a SequenceModel that belong to its world, functions of the width: embedding,
+    action head, observation head. ant.ant_parts are those of the ant."""
+    return (lambda width: ObsEmbedding(world.G, world.things, width, relative),
+            lambda width: linear(width, 4),
+            lambda width: linear(width, world.things * world.cells))
 
 
 # ----------------------------------------------------------------------------- 2. attention (D.1.2)
@@ -337,9 +328,8 @@ MIXERS = {"attention": Attention, "hawk": Hawk}
 class SequenceModel(nn.Module):
     """f_theta of the paper. `layer` is l: blocks 1..l are `lower`, l+1..L are `upper`.
 
-    parts: makes embedding and heads (GridParts, ant.AntParts). The observation head exists only if
-    lam > 0. read >= layer: where metacontroller and policy read; NOT in paper, where they read the
-    layer that they write (the default).
+    parts: see grid_parts; the observation head exists only if lam > 0. read >= layer: where
+    metacontroller and policy read; NOT in paper, where they read the layer that they write.
     """
 
     def __init__(self, parts, width, layers, heads, hidden, buckets, layer, lam=0.,
@@ -347,13 +337,14 @@ class SequenceModel(nn.Module):
         super().__init__()
         self.layer, self.lam = layer, lam
         self.read = layer if read is None else read
-        self.embed = parts.embedding(width)
+        embedding, action_head, obs_head = parts
+        self.embed = embedding(width)
         self.bias = RelativeBias(buckets, heads) if mixer == "attention" else None
         self.blocks = nn.ModuleList(Block(MIXERS[mixer](width, heads), width, hidden)
                                     for _ in range(layers))
         self.norm = nn.LayerNorm(width)
-        self.action_head = parts.action_head(width)
-        self.obs_head = parts.obs_head(width) if lam > 0 else None
+        self.action_head = action_head(width)
+        self.obs_head = obs_head(width) if lam > 0 else None
         self.continuous = isinstance(self.action_head, GaussianHead)
 
     def _run(self, first, last, x, caches, t):

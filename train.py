@@ -44,7 +44,7 @@ from analysis import (
 from envs import draw_grid, exact_bounds, generate, symmetries
 from internal_rl import Policy, internal_episodes, internal_rl_step, play, raw_rl_step
 from metacontroller import BETA_THRESHOLD, Decoder, Metacontroller, discovery_loss
-from model import GridParts, SequenceModel, pretraining_loss
+from model import SequenceModel, grid_parts, pretraining_loss
 from runs import (
     EVAL_SEED,
     Config,
@@ -213,7 +213,7 @@ def view_of(batch, world, symmetric, splice, shuffle):
 
 class Grid:
     """What the stages need to know of a body; ant.Ant is the other one."""
-    parts = GridParts  # makes embedding and heads of the base
+    parts = staticmethod(grid_parts)  # embedding and heads of the base
     identity = {}  # how many codes and layouts code identity takes; {}: its defaults
 
     @staticmethod

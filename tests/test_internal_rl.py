@@ -22,7 +22,7 @@ from internal_rl import (
     sequence_logp,
 )
 from metacontroller import Metacontroller
-from model import GridParts, SequenceModel
+from model import SequenceModel, grid_parts
 
 WORLD = World(G=4, O=5, W=1, T=25, task_set="errands")
 
@@ -32,7 +32,7 @@ def parts(mixer="attention", gate="soft", seed=0):
     mean depends on its input."""
     torch.manual_seed(seed)
     base = SequenceModel(
-        GridParts(WORLD, False), 32, 3, 4, 48, 8, 1, mixer=mixer, read=2
+        grid_parts(WORLD, False), 32, 3, 4, 48, 8, 1, mixer=mixer, read=2
     ).requires_grad_(False)  # read one layer above the written one
     meta = Metacontroller(
         32, n_z=3, n_h=8, n_s=8, rank=4, gate=gate, encoder_hidden=16, decoder_hidden=16

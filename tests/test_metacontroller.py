@@ -6,7 +6,7 @@ import torch
 
 from envs import World, generate
 from metacontroller import Decoder, Metacontroller, discovery_loss, kl_to_prior
-from model import GridParts, SequenceModel, action_nll
+from model import SequenceModel, action_nll, grid_parts
 from train import view_of
 
 WORLD = World(G=4, O=5, W=1, T=30, task_set="errands")
@@ -14,7 +14,7 @@ WORLD = World(G=4, O=5, W=1, T=30, task_set="errands")
 
 def frozen_base():
     torch.manual_seed(0)
-    return SequenceModel(GridParts(WORLD, False), 32, 2, 4, 48, 8, 1).requires_grad_(False)
+    return SequenceModel(grid_parts(WORLD, False), 32, 2, 4, 48, 8, 1).requires_grad_(False)
 
 
 def metacontroller(gate="soft", rank=4, seed=1):
@@ -280,7 +280,7 @@ def test_codes_are_read_from_the_episodes_and_steer_their_views():
 def test_the_metacontroller_reads_the_uncontrolled_layer_read_and_writes_the_controlled_one():
     torch.manual_seed(0)
     base, meta, data = (
-        SequenceModel(GridParts(WORLD, False), 32, 3, 4, 48, 8, 0, read=2).requires_grad_(False),
+        SequenceModel(grid_parts(WORLD, False), 32, 3, 4, 48, 8, 0, read=2).requires_grad_(False),
         metacontroller(),
         batch(),
     )

@@ -11,11 +11,11 @@ from envs import World, exact_bounds, generate, one_hot
 from model import (
     RGLRU,
     BoundedSqrt,
-    GridParts,
     Recurrence,
     RelativeBias,
     SequenceModel,
     action_nll,
+    grid_parts,
     obs_nll,
     pretraining_loss,
     relative_buckets,
@@ -27,7 +27,7 @@ WORLD = World(G=4, O=5, W=1, T=30, task_set="errands")
 
 def new_model(mixer="attention", layer=1, lam=0.1, relative=False):
     torch.manual_seed(0)
-    model = SequenceModel(GridParts(WORLD, relative), 32, 3, 4, 48, 8, layer, lam, mixer)
+    model = SequenceModel(grid_parts(WORLD, relative), 32, 3, 4, 48, 8, layer, lam, mixer)
     if (
         model.bias is not None
     ):  # away from its zero start, so that a forgotten or misplaced bias shows
@@ -343,7 +343,7 @@ def test_a_trained_model_stays_above_the_bayes_bound_and_comes_near_it():
     it has not learned."""
     world = World(G=3, O=3, W=0, T=12, task_set="tiny")
     torch.manual_seed(0)
-    model = SequenceModel(GridParts(world, False), 48, 2, 2, 96, 16, 1)
+    model = SequenceModel(grid_parts(world, False), 48, 2, 2, 96, 16, 1)
     optimizer, rng = torch.optim.AdamW(model.parameters(), lr=3e-3), np.random.default_rng(0)
     to = lambda data: (
         torch.from_numpy(data.obs()),
