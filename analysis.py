@@ -6,6 +6,7 @@
 
 Paper sections: C.3, C.6 (switches counted at beta > .5), B.3.2; Fig. 6.
 Glossary: as in envs.py (worlds), metacontroller.py (beta, z) and internal_rl.py (steer, reading).
+All but C.3, B.3.2 and the count of switches is ours.
 """
 import math
 
@@ -54,7 +55,10 @@ def gate_scores(beta, true, mask):
 
 def kl_by_gate(kl_steps, beta, mask):
     """KL per step, nats, where the gate is open and where it is shut: kl_steps, beta, mask (B, T).
-    The difference is why a gate becomes sparse (see metacontroller.discovery_loss)."""
+    NOT in paper. Like gate_scores without t = 0, where the gate is open by construction. How it
+    bears on sparse gates: metacontroller.discovery_loss."""
+    mask = mask.clone()
+    mask[:, 0] = False
     opens = (beta > BETA_THRESHOLD) & mask
     shut = (beta <= BETA_THRESHOLD) & mask
     return {"kl_open": (kl_steps * opens).sum().item() / max(opens.sum().item(), 1),

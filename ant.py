@@ -11,7 +11,7 @@
   9. right turns       does the base know which way the expert will leave a cell?
  10. Ant               what train.py needs to know of this body: train.Grid is the grid's
 
-Paper sections: A.2, C.1.1, C.4.4; Tables A2, A5, A8, A10, A14.
+Paper sections: A.2, C.1.1, C.4.4; Tables A2, A3, A5, A8, A10, A14.
 Glossary: as in envs.py, and N ants, F = 31 + 2 (O+W) numbers in an observation.
   limb      one of the ant's four legs (a leg is a stretch of a task: from colour to colour)
   qpos      (N, 15): x, y, z, orientation as a quaternion w x y z, 8 joint angles
@@ -44,6 +44,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from analysis import transplant
 from envs import (
     PALETTE,
     WORLDS,
@@ -232,8 +233,9 @@ class Ants:
 
 # ------------------------------------------------------------------------------------ 3. symmetries
 # With limb 1 called 2, 2 called 3 and so on, seen from a torso that faces a quarter turn less, it
-# is the same ant; and in a mirror it is an ant, too. Symmetry g: g >= 4 mirrors, right for left;
-# then g % 4 quarter turns.
+# is the same ant; and in a mirror it is an ant, too. Symmetry g: if g >= 4 y changes its sign (seen
+# by the ant, right and left change places; seen on the board, north and south); then g % 4 quarter
+# turns.
 
 QUARTER_COS = np.array([1, 0, -1, 0], np.float32)
 QUARTER_SIN = np.array([0, 1, 0, -1], np.float32)
@@ -284,8 +286,8 @@ def ant_symmetries():
 
 def turned(g, obs, action):
     """Steps seen and done in a turned world, for train.view_of: g (B, T), obs (B, T, F), action
-    (B, T, 8) -> the same shapes. g >= 4: all is reflected, north for south; then g % 4 quarter
-    turns of all but the torso, whose limbs are renamed so that they follow."""
+    (B, T, 8) -> the same shapes. All but the torso turns; its limbs are renamed so that they
+    follow."""
     device, new = obs.device, obs.clone()
     # symlog acts on each number alone and is odd, so it commutes with all this.
     pairs = range(PLACE.start, obs.shape[-1], 2)  # on the board, things, in the cell: x, then y
@@ -315,9 +317,9 @@ def cell_centres(G):
 class AntWorlds(GridWorlds):
     """N ant-pinpads (A.2): the same rules, with the cell under the ant's centre as its place.
 
-    Four things differ. Walls have no substance: an episode in which the centre enters one fails. It
-    fails if the ant falls. NOT in paper, which is silent: it fails if the centre leaves the board,
-    which has no rim. And obs() is a vector of floats.
+    Four things differ, and with world.compass a fifth. Walls have no substance: an episode in which
+    the centre enters one fails. It fails if the ant falls. NOT in paper, which is silent: it fails
+    if the centre leaves the board, which has no rim. And obs() is a vector of floats.
 
     NOT in paper: with world.compass the limbs have no names of their own. Observations and actions
     speak of the one that points north-east as limb 1, north-west as 2, and so on, so that the torso
@@ -772,12 +774,12 @@ class BodyEmbedding(nn.Module):
     with the torso's orientation.
     """
 
-    def __init__(self, F, G, things, width):
+    def __init__(self, size, G, K, width):
         super().__init__()
-        self.G, self.kinds = G, things - 1
-        self.linear = linear(F + 15, width, 1.)
+        self.G, self.kinds = G, K - 1
+        self.linear = linear(size + 15, width, 1.)
         self.bag = nn.EmbeddingBag(self.kinds * (2 * G - 1) ** 2, width, mode="sum")
-        nn.init.normal_(self.bag.weight, std=things ** -.5)
+        nn.init.normal_(self.bag.weight, std=K ** -.5)
 
     def forward(self, obs):
         B, T, _ = obs.shape
@@ -799,11 +801,11 @@ class BodyEmbedding(nn.Module):
 def ant_parts(world, relative):
     """See model.grid_parts. NOT in paper: scale 1 instead of 0.1, so that e_0 has about unit
     variance."""
-    F = senses(world)
-    return (lambda width: BodyEmbedding(F, world.G, world.things, width) if relative
-            else linear(F, width, 1.),
+    size = senses(world)
+    return (lambda width: BodyEmbedding(size, world.G, world.K, width) if relative
+            else linear(size, width, 1.),
             lambda width: GaussianHead(width, 8),
-            lambda width: GaussianHead(width, F))
+            lambda width: GaussianHead(width, size))
 
 
 # ----------------------------------------------------------------------------------- 9. right turns
@@ -881,7 +883,14 @@ class Ant:
     """What the stages of train.py need to know of this body; train.Grid says what each is."""
     parts = staticmethod(ant_parts)
     expert = staticmethod(expert)
+    thin = staticmethod(thinned)
+    checkpoints = ("walker",)
     identity = {"codes": 64, "layouts": 16}  # few, of long episodes
+
+    @staticmethod
+    def forget(folder):
+        for kind in ("noisy", "clean"):
+            shutil.rmtree(folder / f"demonstrations-{kind}", ignore_errors=True)
 
     @staticmethod
     def check(cfg):
@@ -893,9 +902,6 @@ class Ant:
         if needed > shutil.disk_usage(".").free:
             raise Refused(f"--demonstrations {cfg.demonstrations} takes at least "
                           f"{needed / 2 ** 30:,.0f} GiB, more than the disk has free")
-        if cfg.eps:
-            raise Refused(f"--eps {cfg.eps} is for the grid: the ant's demonstrations have the "
-                          f"walker's own noise")
 
     @staticmethod
     def turned(world, g, obs, action):
@@ -916,23 +922,28 @@ class Ant:
         return lambda rng, n: recorded[rng.integers(HELD_OUT, run.cfg.demonstrations, n)]
 
     @staticmethod
-    def thin(cfg, batch, share):
-        return thinned(batch, cfg.G, share)
-
-    @staticmethod
     def examination(run, clean):
         kind = "clean" if clean else "noisy"
         return Demonstrations(run, kind, expert(run))[np.arange(HELD_OUT)], {}
 
     @staticmethod
-    def knows(run, base, data, obs, nll):
-        """See right_turns. data: Trajectories, obs (N, T, F) the same as a tensor."""
+    def knows(run, base, data, obs, nll, bounds):
         with torch.no_grad():
             mean = base.action_logits(base.lower(obs))[..., :8].cpu().numpy()  # (N, T, 8)
         try:
             return right_turns(expert(run), world_of(run.cfg), data, mean)
         except ValueError as error:
             raise Refused(f"{error}; the walker needs more --walker_updates") from None
+
+    @staticmethod
+    def evaluated(run, base, meta, rng, n):
+        world, rows = world_of(run.cfg), {}
+        if meta is not None:
+            with_code, without = transplant(base, meta, world, rng, n, at=30)  # B.3.2
+            rows["transplant_with"] = "a colour's code put in at step 30 leads to it", with_code
+            rows["transplant_without"] = "the same without the code", without
+        rate = expert_success(run, expert(run), [world.post_task], n, noise=0)
+        return rows | {"expert_success": ("the ant's expert, mean action, told the task", rate)}
 
     @staticmethod
     def decoded(data, logits):

@@ -16,6 +16,9 @@ K = O+W+1 things)
   progress  how many colours of the task are visited             (N,) or (N, T)
   subgoal   index into World.subgoals, of the one in progress    (N, T)
   segment   how many subgoals of the task are finished           (N, T)
+  body      what moves on the board: a point, or the ant of ant.py; hooks for a body (senses,
+            poses, physics) can be skipped in reading
+  S, J      number of subgoals; of colours asked about at once
 Cells are numbered row by row: cell = row * G + column. Actions: 0 up, 1 right, 2 down, 3 left.
 """
 import operator
@@ -88,7 +91,7 @@ class World:
         if min(self.G, self.O, self.T) < 1 or self.W < 0:
             raise ValueError(f"impossible world: G={self.G}, O={self.O} and T={self.T} must be "
                              f"positive, W={self.W} not negative")
-        if self.things > self.cells:
+        if self.K > self.cells:
             raise ValueError(f"impossible world: {self.O} colours, {self.W} walls and the agent do "
                              f"not fit on the {self.cells} cells of a {self.G} x {self.G} grid")
         needed = 1 + max(colour for task in self.tasks for colour in task)
@@ -97,10 +100,10 @@ class World:
                              f"colours, O={self.O}")
         self.read_task(self.post or TASK_SETS[self.task_set][2])
 
-    # Number of cells C, and of things K: colours, walls, the agent. Subgoals and pretraining tasks,
-    # each a tuple of colours.
+    # The number of cells C, and K of colours, walls and agent together. Then, as tuples of colours,
+    # the subgoals, the pretraining tasks and the post-training task.
     cells = property(lambda self: self.G * self.G)
-    things = property(lambda self: self.O + self.W + 1)
+    K = property(lambda self: self.O + self.W + 1)
     subgoals = property(lambda self: parse_tasks(TASK_SETS[self.task_set][0]))
     tasks = property(lambda self: parse_tasks(TASK_SETS[self.task_set][1]))
     post_task = property(lambda self: parse_tasks(self.post or TASK_SETS[self.task_set][2])[0])
@@ -150,7 +153,7 @@ def sample_layouts(world, rng, n):
     """n initial states: colours, walls and agent on distinct random cells (A.1.1). Returns things
     (n, O+W) and agent (n,), int64. `rng` is a numpy Generator."""
     order = rng.random((n, world.cells)).argsort(axis=1)  # (n, C): a random permutation each
-    return order[:, :world.things - 1], order[:, world.things - 1]
+    return order[:, :world.K - 1], order[:, world.K - 1]
 
 
 def neighbour_table(G):
@@ -199,7 +202,7 @@ def one_hot(world, obs):
     channels = world.O + world.W
     index = obs[..., :-1] * channels + np.arange(channels)  # (..., O+W)
     agent = obs[..., -1:] + world.cells * channels  # (..., 1)
-    vector = np.zeros((*obs.shape[:-1], world.cells * world.things), np.int8)
+    vector = np.zeros((*obs.shape[:-1], world.cells * world.K), np.int8)
     np.put_along_axis(vector, np.concatenate([index, agent], axis=-1), 1, axis=-1)
     return vector
 
@@ -274,7 +277,7 @@ class GridWorlds:
 WORLDS["point"] = GridWorlds
 
 
-# ------------------------------------------------------------------------------- 4. gymnasium views
+# ------------------------------------------------------------------------------ 4. for gymnasium
 
 PALETTE = np.array([[230, 60, 60], [60, 120, 230], [60, 180, 90], [245, 190, 50], [150, 80, 200],
                     [70, 200, 210], [240, 130, 40], [235, 120, 180], [120, 90, 60],
@@ -282,7 +285,7 @@ PALETTE = np.array([[230, 60, 60], [60, 120, 230], [60, 180, 90], [245, 190, 50]
 
 
 class Pinpad(gym.Env):
-    """What the gymnasium views share: a batch of one world. Any World field is a keyword.
+    """What both gymnasium environments share: a batch of one world. Any World field is a keyword.
 
     Reward: 1 when the task is completed, else 0. Terminated: task completed, a colour visited
     that is not the next one, or what the body adds. Truncated: T steps, which are World's, not a
@@ -346,7 +349,7 @@ class GridPinpad(Pinpad):
 
     def __init__(self, render_mode=None, **rules):
         super().__init__(render_mode, **rules)
-        self.observation_space = gym.spaces.MultiBinary(self.world.cells * self.world.things)
+        self.observation_space = gym.spaces.MultiBinary(self.world.cells * self.world.K)
         self.action_space = gym.spaces.Discrete(4)
 
     def read_action(self, action):
@@ -403,7 +406,8 @@ def distances(world, things):
     colour.
 
     A path may enter neither a wall nor any colour but the one it leads to (C.1.1). UNREACHABLE
-    where there is none, and on every forbidden cell: an agent on the last colour never "waits".
+    where there is none, and on every forbidden cell, so that for an agent on the colour that it
+    has just visited to bump and stay is no progress.
     """
     G, N = world.G, len(things)
     contents = contents_table(world, things)[:, None]  # (N, 1, C)

@@ -12,7 +12,6 @@ pictures into figures/grid-small/.
 Each is drawn from the .jsonl logs and .pt files of all seeds found; one whose data is missing is
 skipped, saying so. Nothing is trained.
 """
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -32,10 +31,8 @@ from internal_rl import internal_episodes
 from metacontroller import BETA_THRESHOLD
 from runs import (
     EVAL_SEED,
-    Config,
     Parser,
     Refused,
-    Run,
     finished,
     load_checkpoint,
     read_log,
@@ -48,17 +45,9 @@ METHODS = {"policy": "internal RL", "policy-forced": "forced switching",
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00")  # told apart by colour-blind readers, too
 
 
-def open_run(folder, name):
-    """A Run with the configuration that checkpoint `name` in this folder was made with."""
-    saved = load_checkpoint(folder / f"{name}.pt")["fingerprint"]
-    known = {f.name: saved[f.name] for f in dataclasses.fields(Config) if f.name in saved}
-    return Run(dataclasses.replace(train.PRESETS[saved["preset"]], **known), saved["preset"],
-               folder, extend=False)
-
-
 def ready(folder, name):
     """Is there a checkpoint `name` whose training has ended?"""
-    return (folder / f"{name}.pt").exists() and finished(open_run(folder, name), name)
+    return (folder / f"{name}.pt").exists() and finished(train.open_run(folder, name), name)
 
 
 def logs(folders, name):
@@ -147,7 +136,7 @@ def draw_success(folders, to, seeds):
 # ----------------------------------------------------------------------------- 3. gate (Fig. 6, A3)
 
 def draw_gate(folder, to, episodes=4):
-    run = open_run(folder, "meta")
+    run = train.open_run(folder, "meta")
     base, meta = train.discover(run)
     seed_everything(EVAL_SEED, "eval", 9)
     data, _ = train.BODIES[run.cfg.body].examination(run, clean=True)
@@ -180,7 +169,7 @@ def draw_gate(folder, to, episodes=4):
 # ------------------------------------------------------------------------------------------ 4. film
 
 def draw_film(folder, to):
-    run = open_run(folder, "policy")
+    run = train.open_run(folder, "policy")
     body, world = train.BODIES[run.cfg.body], world_of(run.cfg)
     base, meta, policy = train.rl(run)
     rng = seed_everything(EVAL_SEED, "eval", 10)
@@ -280,7 +269,7 @@ def seed_results(folder):
     return {key: value for key, value in numbers.items() if key not in skipped}
 
 
-RIVALS = ("forced_success", "cotrain_success")  # evaluated by themselves, see train.evaluate
+RIVAL_KEYS = ("forced_success", "cotrain_success")  # evaluated by themselves, see train.evaluate
 ROWS = {
     "bayes_gap_closed": ("base: share of the gap to Bayes closed", "{:.1%}"),
     "nll": ("base: NLL, nats per action", "{:.2f}"),
@@ -329,11 +318,11 @@ def write_results(folders, preset, to):
     for folder in folders:
         new = seed_results(folder)
         old = known.get(new["seed"], {})
-        rivals = {key: new[key] for key in RIVALS if new[key] is not None}
+        rivals = {key: new[key] for key in RIVAL_KEYS if new[key] is not None}
         if old and not (folder / "eval.json").exists():
             known[new["seed"]] = old | rivals
         else:
-            rest = {key: x for key, x in new.items() if key not in RIVALS or key not in old}
+            rest = {key: x for key, x in new.items() if key not in RIVAL_KEYS or key not in old}
             known[new["seed"]] = old | rest | rivals
     seeds = [known[k] for k in sorted(known)]
     results[preset] = {"seeds": seeds}

@@ -22,6 +22,7 @@ Glossary (name -> symbol -> shape; N episodes, M abstract actions, n rows still 
   rng       a numpy Generator for layouts; torch's randomness is its global generator, which
             runs.seed_everything seeds anew at every update
   state     all that must persist from step to step, one row per episode: nested dicts and lists
+Of a body, read F numbers for K cells, and vectors of A torques for actions.
 """
 import math
 
@@ -105,7 +106,8 @@ def play(base, world, tasks, rng, steer=None, state=None, layouts=None):
 
 class InternalEnvironment:
     """Algorithms 1 and 2 for a batch: a `steer` for Player. Between two openings of the gate, base
-    model and decoder play by themselves.
+    model and decoder play by themselves. Algorithm 2's init and step(z) are turned inside out:
+    where step(z) would return, `ask` is called.
 
     `ask(reading, memory) -> z, logp` is a policy's sampler; it is asked only in the episodes whose
     gate is open, at the first step always. `asked` keeps what it was asked and said: (episode,
@@ -214,8 +216,8 @@ def clipped_loss(logp, old_logp, advantage, mask, clip):
     """Eq. 10, negated: logp, old_logp, mask (N, M), advantage (N,) -> scalar. One ratio per
     action, not per dimension of z.
 
-    The sum over an episode's actions is kept; the mean is over episodes. NOT in paper, which
-    prints min(r, clip(r)) A, probably a slip: min(r A, clip(r) A), which differs for A < 0.
+    The sum over an episode's actions is kept; the mean is over episodes (C.5.2). NOT in paper,
+    which prints min(r, clip(r)) A, probably a slip: min(r A, clip(r) A), different for A < 0.
     """
     ratio = (logp - old_logp).exp()  # (N, M)
     A = advantage[:, None]

@@ -2,8 +2,8 @@
 
     training (stage 2)                           acting (stage 3, internal_rl.py)
 
-    e_1:T ──► f_emb ──► s   (the FUTURE too)     e_1:t ──► policy pi(z | e_1:t)  (the past only)
-    e_t, h_t-1, s ──► encoder ──► z~_t                        │ asked only when the gate opens
+    e_1:T ──► f_emb ──► s   (the FUTURE too)     e_t, memory ──► policy pi(z | e_1:t)  (the past)
+    e_t, h_t-1, s ──► encoder ──► z~_t                        │ sees e, and acts, only at openings
                                    │                          ▼
     e_t, h_t-1, z_t-1 ► switch ► beta_t          e_t, h_t-1, z_t-1 ► switch ► beta_t > 1/2 ?
                                    ▼                          ▼
@@ -22,7 +22,7 @@ Glossary (name -> symbol -> shape; B batch, T time, D width n_e, r rank)
             `Metacontroller` gets the "reading": the stream as it is, uncontrolled, at layer `read`
             (the same one, as in the paper, unless the preset says otherwise)   (B, T, D)
   h         h_t-1, GRU summary of e_1:t-1               (B, T, n_h)
-  s         s(e_1:T), ONE vector for the whole sequence (B, n_s)
+  s         s(e_1:T+1), ONE vector for the whole sequence, the last observation included (B, n_s)
   mu, logvar  mu_t, ln diag Sigma_t of the proposal     (B, T, n_z)
   proposal  z~_t ~ N(mu_t, Sigma_t)                     (B, T, n_z)
   beta      beta_t, switching gate in [0, 1], causal    (B, T)
@@ -86,9 +86,9 @@ class SequenceEmbedder(nn.Module):
     """f_emb, Eq. 13: the whole sequence e_1:T in one vector s, by a Hawk layer (D.1.1) read at the
     last step.
 
-    One vector, not one per step: given a summary of the future at every t, the encoder re-sends
-    the code at every step and the gate never closes. NOT in paper, which does not give it: the
-    inner width of 64; variance scale 1, where Table A15 has .1.
+    One vector, not one per step: with a summary of the future at every t the gate never closed
+    (measured in a prototype and not understood, docs/notes.md). NOT in paper, which does not give
+    it: the inner width of 64 and 4 heads; variance scale 1, where Table A15 has .1.
     """
 
     def __init__(self, width, n_s, inner=64, heads=4):
@@ -109,7 +109,8 @@ class Metacontroller(nn.Module):
     """c_phi of D.2. gate: "soft" (E.1, the default), "gumbel" (E.1's exact form) or "forced"
     (C.4.1).
 
-    NOT in paper: encoder and switch have variance scale 1, where Table A15 has .1.
+    NOT in paper: encoder and switch have variance scale 1, where Table A15 has .1; the GRU and
+    the switch's part for z have PyTorch's initialisers.
     """
 
     def __init__(self, width, n_z=8, n_h=32, n_s=32, rank=16, gate="soft", encoder_hidden=64,
@@ -137,7 +138,7 @@ class Metacontroller(nn.Module):
         e_t, h_t-1 (B, T, H_s)."""
         e = self.norm(e)
         h, _ = self.gru(e)  # (B, T, n_h): h_1 .. h_T
-        h = F.pad(h[:, :-1], (0, 0, 1, 0))  # h_0 .. h_T-1: both read the summary of the PAST
+        h = F.pad(h[:, :-1], (0, 0, 1, 0))  # h_0 .. h_T-1: encoder and switch read h_t-1
         s = self.embedder(e, length)[:, None].expand(-1, e.shape[1], -1)  # (B, n_s) -> (B, T, n_s)
         code = self.encoder(torch.cat([e, h, s], dim=-1))  # (B, T, 2 n_z)
         # Out of autocast's bfloat16: the KL cancels near the prior, and products of 1 - beta must
@@ -155,8 +156,8 @@ class Metacontroller(nn.Module):
         INTEGRATED code z_t-1 -> (B,)."""
         return self.switch_out(F.relu(switch_input + self.switch_z(z)))[:, 0].float()
 
-    def gate_in_training(self, switch_input, z):
-        """beta_t (B,) with the noise of training; arguments as of gate_logit."""
+    def gate_value(self, switch_input, z):
+        """beta_t (B,); noisy only for a Gumbel gate that is being trained. As gate_logit."""
         if self.gate == "forced":
             return torch.ones_like(z[:, 0])  # C.4.1
         logit = self.gate_logit(switch_input, z)
@@ -182,7 +183,7 @@ class Metacontroller(nn.Module):
         z = proposals[0]
         codes, betas = [z], [torch.ones_like(z[:, 0])]
         for proposal_t, input_t in zip(proposals[1:], inputs[1:]):
-            beta = self.gate_in_training(input_t, z)
+            beta = self.gate_value(input_t, z)
             z = beta[:, None] * proposal_t + (1 - beta[:, None]) * z  # Eq. 17
             codes.append(z)
             betas.append(beta)
@@ -216,16 +217,19 @@ def discovery_loss(base, meta, obs, action, mask, noise, alpha, view=None):
     """Eq. 9 with lambda = 0 (Table A9), averaged over the steps that exist.
 
     obs (B, T+1, K), action, mask (B, T), noise (B, T, n_z), alpha >= 0. view: None, or another
-    view of the same episodes (train.view_of): the codes are read from the episodes and have to
-    steer the view. Returns loss and a dict: nll, kl (nats per step, scalars), kl_steps, beta
-    (B, T), z (B, T, n_z).
+    view of the same episodes, which is steered in their place (train.view_of): a dict of obs
+    (B, T, K), action and mask (B, T) of its own, and row, step (B, T): step t of view b is steered
+    by the code that was read at step step[b, t] of episode row[b, t]. Returns loss and a dict:
+    nll, kl (nats per step, scalars), kl_steps, beta (B, T), z (B, T, n_z).
 
-    Why does the gate become sparse, though the soft gate's KL is not weighted by beta and nothing
-    penalises switching? The KL is paid at every step by what the encoder PROPOSES. Where the gate
-    stays shut the proposal is not used, so that it can equal the prior for nothing; where it opens
-    the proposal has to say something. So every opening costs nats, and the cheapest way to say
-    what is wanted is once, when it changes. (The logs print the KL per step with the gate open
-    and shut.) With the Gumbel gate the KL is multiplied by beta: there an opening costs by itself.
+    Why does the gate become sparse, though nothing penalises switching? The soft gate's KL is not
+    weighted by beta (E.1): it sends no gradient to the switch at all. It acts on the encoder. A
+    proposal that is not needed is pulled to the prior, which is noise; were the gate open there,
+    that noise would enter z and the NLL would rise. So it is the NLL that shuts the gate, once the
+    KL has made useless proposals worthless. And to say what is wanted once, where it changes, is
+    cheaper than to say it again and again. The logs print KL per step with the gate open and shut;
+    they agree with this account and do not prove it: docs/notes.md. With the Gumbel gate the KL is
+    multiplied by beta: there an opening costs by itself.
     """
     # s sees the last observation too, after the last action. NOT in paper, which is silent:
     # without it the colour of the last subgoal is never seen to be reached.

@@ -16,7 +16,8 @@ is the batch, so that a batch of caches can be indexed.
 
 Paper sections: C.1.2 (loss), D.1 (architecture), Tables A4, A15, A16.
 
-Glossary (name -> symbol -> shape; B batch, T time, D width n_e, H heads, K things, C cells)
+Glossary (name -> symbol -> shape; B batch, T time, D width n_e, H heads, K things, C cells;
+for a body read F numbers for K cells, and (B, T, A) for its actions; W is the width of an RG-LRU)
   obs     o_t, index form: the cell of every thing    (B, T, K) int64
   e       e_t,l, residual stream at layer l           (B, T, D)
   logits  of p(a_t | o_1:t)                           (B, T, A)
@@ -115,9 +116,9 @@ class ObsEmbedding(nn.Module):
 def grid_parts(world, relative):
     """The ends of a SequenceModel that belong to its world, functions of the width: embedding,
     action head, observation head. ant.ant_parts are those of the ant."""
-    return (lambda width: ObsEmbedding(world.G, world.things, width, relative),
+    return (lambda width: ObsEmbedding(world.G, world.K, width, relative),
             lambda width: linear(width, 4),
-            lambda width: linear(width, world.things * world.cells))
+            lambda width: linear(width, world.K * world.cells))
 
 
 # ----------------------------------------------------------------------------- 2. attention (D.1.2)
@@ -246,7 +247,7 @@ class RGLRU(nn.Module):
 
     r_t = sigmoid(W_r x_t), i_t = sigmoid(W_i x_t)   (block-diagonal, one block per head)
     log a_t = -8 softplus(Lambda) r_t,   h_t = a_t h_t-1 + sqrt(1 - a_t^2) i_t x_t
-    NOT in paper: variance scale 1 for both gates, where Table A15 has .1.
+    NOT in paper: variance scale 1 for both gates, where Table A15 has .1. (log_lambda is Lambda.)
     """
 
     def __init__(self, width, heads):
@@ -281,7 +282,7 @@ class Hawk(nn.Module):
         self.branch = linear(width, width)
         self.gate = linear(width, width)
         self.out = linear(width, width)
-        self.taps = nn.Parameter(torch.randn(4, width) * .1)
+        self.taps = nn.Parameter(torch.randn(4, width) * .1)  # NOT in paper: std .1
         self.tap_bias = nn.Parameter(torch.zeros(width))
         self.lru = RGLRU(width, heads)
 

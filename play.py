@@ -1,8 +1,8 @@
 """Watch the trained agent: `python play.py` plays one episode step by step, with gate and code.
 
 It takes base.pt, meta.pt and policy.pt from assets/ (or from --out, where train.py wrote them), so
-that there is something to see before anything is trained. `--task 0-2-1` sets another task, which
-the policy was not trained on; `--seed` the board; `--gif` writes a film instead.
+that there is something to see before anything is trained. `--seed` chooses the board, `--gif`
+writes a film instead. `--task 0-2-1` sets another task: it will fail, as nothing tells the policy.
 """
 import dataclasses
 import sys
@@ -12,7 +12,6 @@ import numpy as np
 
 import train
 from envs import ACTIONS, ascii_grid
-from figures import film, open_run
 from internal_rl import internal_episodes
 from metacontroller import BETA_THRESHOLD
 from runs import ASSETS, Parser, Refused, seed_everything, world_of
@@ -21,7 +20,7 @@ from runs import ASSETS, Parser, Refused, seed_everything, world_of
 def episode(folder, task, seed):
     """One episode of the policy in `folder`. Returns (body, world, Trajectories, success,
     InternalEnvironment)."""
-    run = open_run(folder, "policy")
+    run = train.open_run(folder, "policy")
     base, meta, policy = train.rl(run)
     world = world_of(run.cfg)
     if task:
@@ -66,6 +65,7 @@ def main(argv=None):
             raise Refused(f"--seed must not be negative, and is {args.seed}")
         body, world, data, success, env = episode(folder, args.task, args.seed)
         if args.gif:
+            from figures import film  # needs matplotlib, which takes a second to import
             film(Path(args.gif), body, world, data, 0, env, "success" if success else "failure")
         else:
             tell(world, data, success, env)

@@ -1,6 +1,6 @@
 """How a run is kept: what can be set, the command line, checkpoints, logs, resuming, the device.
 
-No idea of the paper is in this file; a reader of the course never has to open it.
+A reader of the course needs `Config` only, the list of what can be set. The rest is plumbing.
 
   1. configuration   every field of it, and what each checkpoint depends on
   2. checkpoints     whole or refused, written atomically, with a fingerprint of what made them
@@ -58,7 +58,8 @@ def option(default, group, text, body=""):
 
 @dataclass
 class Config:
-    """Everything that can be set; the defaults are the paper's grid (Tables A4, A7, A9, A13, A16).
+    """Everything that can be set. The defaults are the paper's grid (Tables A4, A7, A9, A13, A16)
+    where the paper gives a value; alpha_ramp, rl_clip, buckets and what is the ant's are ours.
     """
     G: int = option(7, "world", "side of the grid")
     O: int = option(8, "world", "number of colours")
@@ -80,7 +81,7 @@ class Config:
     mixer: str = option("attention", "base", "sequence mixer of the base: attention or hawk")
     relative: bool = option(False, "base", "embed displacements from the agent, not cells")
     lam: float = option(0.01, "base", "lambda, weight of the observation loss")
-    eps: float = option(0., "base", "share of random actions in the base's training data")
+    eps: float = option(0., "base", "share of random actions in the base's data", "point")
     base_steps: int = option(256_000, "base", "optimiser steps")
     base_batch: int = option(1024, "base", "episodes per step")
     base_lr: float = option(3e-4, "base", "learning rate")
@@ -93,7 +94,7 @@ class Config:
 
     layer: int = option(3, "split", "l, the controlled layer: 0 (embedding) to L")
     symmetric: bool = option(False, "split", "steer a turned or reflected view (train.view_of)")
-    splice: float = option(0., "split", "share of views that begin with another episode's end")
+    splice: float = option(0., "split", "share, of views not shuffled, with another's past")
     shuffle: float = option(0., "split", "share of views whose past has its colours exchanged")
 
     rank: int = option(16, "control", "rank of the true-subgoal controllers; 0 = full matrix")
@@ -112,8 +113,8 @@ class Config:
     meta_rank: int = option(16, "meta", "rank of the decoder's controllers; 0 = full matrix")
     decoder_hidden: int = option(32, "meta", "hidden units of the decoder")
     read: int = option(0, "meta", "layer that is read, if above the controlled one")
-    gate: str = option("soft", "meta", "soft, gumbel (E.1) or forced (C.4.1)")
-    joint: bool = option(False, "meta", "train the base, too, on the loss of stage 2")
+    gate: str = option("soft", "meta", "soft or gumbel (E.1); forced is what --rival forced sets")
+    joint: bool = option(False, "meta", "what --rival cotrain sets")
     alpha: float = option(0.17, "meta", "weight of the KL")
     alpha_start: int = option(0, "meta", "steps before alpha begins to grow from 0")
     alpha_ramp: int = option(1500, "meta", "steps over which alpha then grows")
@@ -143,14 +144,17 @@ class Config:
     compile: str = option("auto", "run", "auto, off, inductor or cudagraphs")
 
 
-GROUPS = {"world": "the world (A.1.2, A.2.2)", "walker": "the ant's expert (C.1.1)",
-          "demonstrations": "the ant's demonstrations, simulated once",
-          "base": "stage 1: the base model (Tables A4, A16)",
-          "split": "where and on what the stream is steered (Tables A7, A9)",
-          "control": "controllers of true subgoals (Table A7)",
-          "meta": "stage 2: the metacontroller (Table A9)",
-          "rl": "stage 3, both kinds of RL (Table A13)", "policy": "stage 3, internal RL",
-          "raw": "stage 3, raw-action RL",
+# What a group is for, and where its fields act. (The order of fields is by what depends on them.)
+GROUPS = {"world": "the world (A.1.2, A.2.2): envs.World",
+          "walker": "the ant's expert (C.1.1): ant.expert",
+          "demonstrations": "the ant's demonstrations, simulated once: ant.Demonstrations",
+          "base": "stage 1: the base model (Tables A4, A16): train.new_base, train.pretrain",
+          "split": "where and on what the stream is steered (Tables A7, A9): train.view_of",
+          "control": "controllers of true subgoals (Table A7): train.control",
+          "meta": "stage 2: the metacontroller (Table A9): train.new_metacontroller, "
+          "train.discover",
+          "rl": "stage 3, both kinds of RL (Table A13): train.rl, train.raw",
+          "policy": "stage 3, internal RL: train.rl", "raw": "stage 3, raw-action RL: train.raw",
           "run": "how to run (no checkpoint depends on these; each seed has its own folder)"}
 # Which groups a checkpoint depends on: with other values of those it would be another checkpoint.
 _BASE = ("world", "walker", "demonstrations", "base")
@@ -169,7 +173,8 @@ SHARES = ("decay", "splice", "shuffle", "thin", "forget", "keep")
 
 
 def world_of(cfg):
-    return World(cfg.G, cfg.O, cfg.W, cfg.T, cfg.task_set, cfg.post_task, cfg.body, cfg.compass)
+    return World(G=cfg.G, O=cfg.O, W=cfg.W, T=cfg.T, task_set=cfg.task_set, post=cfg.post_task,
+                 body=cfg.body, compass=cfg.compass)
 
 
 def memory_needed(cfg):
@@ -203,7 +208,7 @@ def check(cfg, preset):
             if not (fits and math.isfinite(value)):
                 raise Refused(f"--{f.name} must {least}, and is {value}")
         if f.metadata["body"] not in ("", cfg.body) and value != f.default:
-            raise Refused(f"--{f.name} is for the {f.metadata['body']}")
+            raise Refused(f"--{f.name} is for the {f.metadata['body'].replace('point', 'grid')}")
     for name, choices in CHOICES.items():
         if getattr(cfg, name) not in choices:
             raise Refused(f"--{name} must be one of {', '.join(choices)}, "

@@ -1,4 +1,4 @@
-"""Train everything: `python train.py --stage rl` runs the whole path of the paper, from nothing.
+"""Train everything: `python train.py --stage rl` runs the whole path of the paper.
 
     expert   -> walker.pt    the ant's expert (C.1.1); the grid's needs no training
     pretrain -> base.pt      stage 1 (C.1.2): predict experts' actions
@@ -16,13 +16,14 @@ Bottom-up: 1. presets   2. episodes and batches   3. views: what is steered   4.
 5. what every stage uses   6. the stages   7. the command line
 
 Glossary: as in envs.py, model.py, metacontroller.py and internal_rl.py, and
-  batch   a dict of tensors: obs (B, T+1, K), action, subgoal, mask, switches (B, T)
+  batch   a dict of tensors: obs (B, T+1, K), action, subgoal, mask, switches (B, T); of a body
+          obs (B, T+1, F), action (B, T, A)
   view    another view of a batch's episodes, which is steered in their place, see `view_of`
+  body    a point or the ant; BODIES says what the stages need to know of one
 """
 import copy
 import dataclasses
 import json
-import shutil
 import signal
 import sys
 import time
@@ -39,7 +40,6 @@ from analysis import (
     gate_scores,
     kl_by_gate,
     opened_at_arrivals,
-    transplant,
 )
 from envs import draw_grid, exact_bounds, generate, symmetries
 from internal_rl import Policy, internal_episodes, internal_rl_step, play, raw_rl_step
@@ -59,6 +59,7 @@ from runs import (
     choose_device,
     configured,
     finished,
+    load_checkpoint,
     read_checkpoint,
     seed_everything,
     suffix,
@@ -155,7 +156,7 @@ def batches(run, purpose, size, clean, first, last, keep=.1):
                     seed_everything(cfg.seed, purpose, step)
                     batch = tensors(run, data[rows])
                     if step < thin:
-                        batch = body.thin(cfg, batch, keep * (step / thin) ** 2)
+                        batch = body.thin(batch, cfg.G, keep * (step / thin) ** 2)
                     yield step, batch
 
 
@@ -175,9 +176,15 @@ def view_of(batch, world, symmetric, splice, shuffle):
         past, up to a random step, is made useless or wrong, so that the code has to overrule what
         the base knows from it. Any colour then follows any other, also where pretraining never
         shows it.
-        splice: the past is the end of another episode, steered by that episode's codes.
+        splice: the past is the end of another episode (now and then itself), steered by that
+        episode's codes.
         shuffle: the past is the episode's own, its colours exchanged at random. It is not scored,
         as no code tells of exchanged colours.
+
+    A view b of 8 steps, cut at 3 and spliced with the end of episode 5, which has 7 steps:
+        row   5 5 5 b b b b b        step  4 5 6 3 4 5 6 7        mask  1 1 1 1 1 1 1 1
+    and shuffled instead, its first three observations in exchanged colours:
+        row   b b b b b b b b        step  0 1 2 3 4 5 6 7        mask  0 0 0 1 1 1 1 1
 
     batch: obs (B, T+1, K), action and mask (B, T). Returns a dict of obs (B, T, K), action; row,
     step (B, T): step t of view b is step step[b, t] of episode row[b, t]; and mask (B, T), the
@@ -214,11 +221,16 @@ def view_of(batch, world, symmetric, splice, shuffle):
 class Grid:
     """What the stages need to know of a body; ant.Ant is the other one."""
     parts = staticmethod(grid_parts)  # embedding and heads of the base
+    checkpoints = ()  # of its expert
     identity = {}  # how many codes and layouts code identity takes; {}: its defaults
 
     @staticmethod
     def expert(run):
         """The frozen model that demonstrates, on which a base depends; None: no training."""
+
+    @staticmethod
+    def forget(folder):
+        """Delete what else the expert has left in a run's folder."""
 
     @staticmethod
     def check(cfg):
@@ -256,9 +268,20 @@ class Grid:
         return data, {"bayes": bayes[mask].mean(), "known": known[mask].mean()}
 
     @staticmethod
-    def knows(run, base, data, obs, nll):
-        """What else tells how good a base is: a dict of metrics, or {}. data: Trajectories, obs
-        (N, T, K) the same as a tensor; nll: nats per action."""
+    def thin(batch, G, share):
+        """A batch of episodes cut down to steps that say most, and a share of the others; the
+        grid's are short, and --thin is refused for them."""
+        raise NotImplementedError
+
+    @staticmethod
+    def knows(run, base, data, obs, nll, bounds):
+        """How good a base is: a dict of metrics. data: Trajectories, obs (N, T, K) the same as a
+        tensor; nll and bounds: nats per action."""
+        return {**bounds, "gap_closed": (np.log(4) - nll) / (np.log(4) - bounds["bayes"])}
+
+    @staticmethod
+    def evaluated(run, base, meta, rng, n):
+        """More rows for `evaluate`, key -> (text, rate). meta: None, if it is not trained."""
         return {}
 
     @staticmethod
@@ -282,6 +305,12 @@ BODIES = {"point": Grid, "ant": ant.Ant}
 
 
 # ------------------------------------------------------------------------- 5. what every stage uses
+
+# Every stage is the same loop, runs.Training.go:
+#     for step, item in source:                 batches, or a random generator for each RL update
+#         learned = learn(step, item)           one optimiser step
+#         if due: log(report(step, learned))    measure on fixed test episodes
+#         if due: save()
 
 def adamw(parameters, lr, wd):
     """parameters: an iterable of tensors, or a list of groups with learning rates of their own."""
@@ -325,10 +354,11 @@ def frozen(model):
 
 
 def new_base(run):
-    cfg, world = run.cfg, world_of(run.cfg)
-    parts = BODIES[cfg.body].parts(world, cfg.relative)
-    model = SequenceModel(parts, cfg.width, cfg.layers, cfg.heads, cfg.hidden, cfg.buckets,
-                          cfg.layer, cfg.lam, cfg.mixer, max(cfg.layer, cfg.read))
+    cfg = run.cfg
+    parts = BODIES[cfg.body].parts(world_of(cfg), cfg.relative)
+    model = SequenceModel(parts, width=cfg.width, layers=cfg.layers, heads=cfg.heads,
+                          hidden=cfg.hidden, buckets=cfg.buckets, layer=cfg.layer, lam=cfg.lam,
+                          mixer=cfg.mixer, read=max(cfg.layer, cfg.read))
     if run.compiler != "off":
         for block in model.blocks:  # in place: names in checkpoints stay
             block.compile(backend=run.compiler, dynamic=run.compiler == "inductor" or None)
@@ -337,9 +367,11 @@ def new_base(run):
 
 def new_metacontroller(run):
     cfg = run.cfg
-    return Metacontroller(cfg.width, cfg.n_z, cfg.n_h, cfg.n_s, cfg.meta_rank, cfg.gate,
-                          cfg.encoder_hidden, cfg.decoder_hidden, cfg.switch_hidden,
-                          cfg.forget).to(run.device)
+    meta = Metacontroller(cfg.width, n_z=cfg.n_z, n_h=cfg.n_h, n_s=cfg.n_s, rank=cfg.meta_rank,
+                          gate=cfg.gate, encoder_hidden=cfg.encoder_hidden,
+                          decoder_hidden=cfg.decoder_hidden, switch_hidden=cfg.switch_hidden,
+                          forget=cfg.forget)
+    return meta.to(run.device)
 
 
 # ------------------------------------------------------------------------------------ 6. the stages
@@ -375,10 +407,7 @@ def pretrain(run):
             with torch.no_grad(), autocast(run):
                 nll = pretraining_loss(base, test["obs"], test["action"], test["mask"])[1].item()
             seen = test["obs"][:, :-1]
-            knows = dict(bounds)
-            if bounds:
-                knows["gap_closed"] = (np.log(4) - nll) / (np.log(4) - bounds["bayes"])
-            knows |= body.knows(run, base, data, seen, nll)
+            knows = body.knows(run, base, data, seen, nll, bounds)
             episodes = min(step + 1, thin) * cfg.thin_batch
             episodes += max(step + 1 - thin, 0) * cfg.base_batch
             with torch.no_grad():
@@ -393,8 +422,8 @@ def pretrain(run):
 
 
 def control(run):
-    """C.3: one controller per true subgoal. Internal RL, which is told nothing, is compared with
-    its success.
+    """C.3: one controller per true subgoal, its decoder with the paper's 32 hidden units whatever
+    --decoder_hidden. Internal RL, which is told nothing, is compared with its success.
 
     Log: nll under the true controllers (nats per action; its bounds bayes, known), success on the
     post-training task, layer.
@@ -473,34 +502,38 @@ def discover(run):
                                   batch["mask"], noise, cfg.alpha * grown(step), view)[0]
 
         def report(step, loss):
-            rng = seed_everything(EVAL_SEED, "eval", 1)
-            noise = torch.randn(*test["mask"].shape, cfg.n_z, device=run.device)
-            alpha = cfg.alpha * grown(step)
-            with torch.no_grad(), autocast(run):
-                _, out = discovery_loss(base, meta.eval(), test["obs"], test["action"],
-                                        test["mask"], noise, alpha)
-            scores = gate_scores(out["beta"], test["switches"], test["mask"])
-            identity = code_identity(base, meta.decoder, world, rng, **body.identity)
-            _, success, _ = internal_episodes(base, meta, world, rng, cfg.eval_episodes)
-            per_episode = test["mask"].sum(1).float().mean().item()
-            metrics = {"alpha": alpha, "nll": out["nll"].item(), "bayes": bounds.get("bayes"),
-                       "known": bounds.get("known"),
-                       "kl_per_episode": out["kl"].item() * per_episode,
-                       **kl_by_gate(out["kl_steps"], out["beta"], test["mask"]), **scores,
-                       **identity, "code_success": success.mean().item()}
-            T = int(data.length[0])
-            text = ("subgoal " + "".join(map(str, data.subgoal[0, :T])),
-                    "gate    " + gate_line(out["beta"][0, :T]))
-            shown = ("nll", "known", "kl_per_episode", "kl_open", "kl_shut", "switches",
-                     "true_switches", "precision", "recall", "f1", "undecided", "code_identity",
-                     "code_none", "code_success")
-            return shown, metrics, text
+            return discovered(run, base, meta.eval(), data, test, bounds, cfg.alpha * grown(step))
 
         source = batches(run, "meta", cfg.meta_batch, True, training.first, cfg.meta_steps,
                          cfg.keep)
         supervise(run, training, source, cfg.meta_lr, loss_of, report)
     frozen(learner)
     return base, meta
+
+
+def discovered(run, base, meta, data, test, bounds, alpha):
+    """What stage 2 logs: (names to show, metrics, text). data: Trajectories of test episodes; test,
+    bounds: the same as a batch, and their exact bounds."""
+    cfg, world = run.cfg, world_of(run.cfg)
+    rng = seed_everything(EVAL_SEED, "eval", 1)
+    noise = torch.randn(*test["mask"].shape, cfg.n_z, device=run.device)
+    with torch.no_grad(), autocast(run):
+        _, out = discovery_loss(base, meta, test["obs"], test["action"], test["mask"], noise, alpha)
+    identity = code_identity(base, meta.decoder, world, rng, **BODIES[cfg.body].identity)
+    _, success, _ = internal_episodes(base, meta, world, rng, cfg.eval_episodes)
+    per_episode = test["mask"].sum(1).float().mean().item()
+    metrics = {"alpha": alpha, "nll": out["nll"].item(), "bayes": bounds.get("bayes"),
+               "known": bounds.get("known"), "kl_per_episode": out["kl"].item() * per_episode,
+               **kl_by_gate(out["kl_steps"], out["beta"], test["mask"]),
+               **gate_scores(out["beta"], test["switches"], test["mask"]), **identity,
+               "code_success": success.mean().item()}
+    T = int(data.length[0])
+    text = ("subgoal " + "".join(map(str, data.subgoal[0, :T])),
+            "gate    " + gate_line(out["beta"][0, :T]))
+    shown = ("nll", "known", "kl_per_episode", "kl_open", "kl_shut", "switches", "true_switches",
+             "precision", "recall", "f1", "undecided", "code_identity", "code_none",
+             "code_success")
+    return shown, metrics, text
 
 
 def gate_line(beta):
@@ -603,9 +636,6 @@ def evaluate(run):
     def has(name):
         return finished(run, name)
 
-    if not kind and has("walker"):
-        rate = ant.expert_success(run, body.expert(run), [world.post_task], n, noise=0)
-        rows["expert_success"] = "the ant's expert, mean action, told the task", rate
     if not kind and has("base"):
         base, rng = pretrain(run), fresh()
         # Blind success is rare: 20 times as many episodes.
@@ -618,10 +648,9 @@ def evaluate(run):
         base, meta = discover(run)
         rate = internal_episodes(base, meta, world, fresh(), n)[1].mean()
         rows["code_success"] = "codes from the prior, before RL", rate
-        if not kind and has("walker"):  # B.3.2 is about the ant
-            with_code, without = transplant(base, meta, world, fresh(), n, at=30)
-            rows["transplant_with"] = "a colour's code put in at step 30 leads to it", with_code
-            rows["transplant_without"] = "the same without the code", without
+    if not kind and has("base"):
+        meta = discover(run)[1] if has("meta") else None
+        rows |= body.evaluated(run, pretrain(run), meta, fresh(), n)
     if has("policy" + kind):
         title = {"": "internal RL", "-forced": "internal RL, forced switching",
                  "-cotrain": "internal RL, co-trained base"}[kind]
@@ -652,18 +681,25 @@ def evaluate(run):
 
 # ------------------------------------------------------------------------------ 7. the command line
 
-STAGES = {"expert": ant.expert, "pretrain": pretrain, "control": control, "discover": discover,
-          "rl": rl, "eval": evaluate}
+STAGES = {"expert": lambda run: BODIES[run.cfg.body].expert(run), "pretrain": pretrain,
+          "control": control, "discover": discover, "rl": rl, "eval": evaluate}
 RIVALS = ("none", "raw", "forced", "cotrain")
-# Which checkpoints a stage reads or writes, the walker aside.
+# Which checkpoints a stage reads or writes, besides the expert's.
 NEEDS = {"expert": (), "pretrain": ("base",), "control": ("base", "control"),
          "discover": ("base", "meta"), "rl": ("base", "control", "meta", "policy", "raw"),
          "eval": ("base", "control", "meta", "policy", "raw")}
-# Which of these are a rival's own (so that --fresh deletes them), and which it reads besides.
-OWN = {"none": ("walker", *NEEDS["rl"]), "raw": ("raw",), "forced": ("meta", "policy"),
-       "cotrain": ("meta", "policy")}
-SHARED = {"none": (), "raw": ("walker", "base"), "forced": ("walker", "base"),
-          "cotrain": ("walker",)}
+# Which of these a rival writes (so that --fresh deletes them), and whether it reads the base.
+WRITES = {"none": NEEDS["rl"], "raw": ("raw",), "forced": ("meta", "policy"),
+          "cotrain": ("meta", "policy")}
+
+
+def open_run(folder, name):
+    """A Run with the configuration that checkpoint `name` in this folder was made with, for those
+    who only look (figures.py, play.py)."""
+    saved = load_checkpoint(folder / f"{name}.pt")["fingerprint"]
+    known = {f.name: saved[f.name] for f in dataclasses.fields(Config) if f.name in saved}
+    cfg = dataclasses.replace(PRESETS[saved["preset"]], **known)
+    return Run(cfg, saved["preset"], folder, extend=False)
 
 
 def parse(argv):
@@ -691,8 +727,7 @@ def parse(argv):
     body = BODIES[cfg.body]
     body.check(cfg)
     cfg.gate, cfg.joint = "forced" if rival == "forced" else cfg.gate, rival == "cotrain"
-    walks = cfg.body == "ant"
-    if stage == "expert" and not walks:
+    if stage == "expert" and not body.checkpoints:
         raise Refused("--stage expert trains the ant's walker; the grid's experts need no training")
     alone = rival == "raw" and stage not in ("rl", "eval")
     if alone or rival != "none" and stage in ("expert", "pretrain", "control"):
@@ -701,14 +736,15 @@ def parse(argv):
         raise Refused("--fresh does not go with --stage eval, which trains nothing")
     run = Run(cfg, args["preset"], Path(args["out"]) / args["preset"] / f"seed{cfg.seed}",
               fresh=args["fresh"] and rival == "none")
-    needed = (*["walker"] * walks, *NEEDS[stage])
-    reads = (*OWN[rival], *SHARED[rival], *["base"] * (rival == "cotrain" and walks))
-
-    def named(kept):
-        return tuple(name + (suffix(run) if name in ("meta", "policy") else "")
-                     for name in needed if name in kept)
-    run.names = named(reads)
-    return run, stage, rival, named(OWN[rival]) if args["fresh"] else ()
+    own = [name + (suffix(run) if name in ("meta", "policy") else "")
+           for name in NEEDS[stage] if name in WRITES[rival]]
+    if rival == "none":
+        own = [*body.checkpoints, *own]
+        run.names = tuple(own)
+    else:  # co-training starts from scratch where an expert needs no training (C.4.2)
+        base = ["base"] * (rival != "cotrain" or bool(body.checkpoints))
+        run.names = (*body.checkpoints, *base, *own)
+    return run, stage, rival, tuple(own) if args["fresh"] else ()
 
 
 def prepare(run, preset, stage, stale):
@@ -719,18 +755,18 @@ def prepare(run, preset, stage, stale):
     for name in stale:
         for kind in ("pt", "jsonl"):
             (run.folder / f"{name}.{kind}").unlink(missing_ok=True)
-    if "walker" in stale:
-        for kind in ("noisy", "clean"):
-            shutil.rmtree(run.folder / f"demonstrations-{kind}", ignore_errors=True)
+    body = BODIES[run.cfg.body]
+    if set(body.checkpoints) & set(stale):
+        body.forget(run.folder)
     if stale:  # it speaks of weights that are gone
         (run.folder / f"eval{suffix(run)}.json").unlink(missing_ok=True)
     changed = [f"{key}={value}" for key, value in dataclasses.asdict(run.cfg).items()
                if value != getattr(preset, key)]
     print(f"{run.preset}, seed {run.cfg.seed}: " + (" ".join(changed) or "as the preset says"))
     earlier = [name for name in run.names if finished(run, name)]
-    # Walkers and bases, which take long; the rest of assets/ is for play.py.
-    shipped = [name for name in run.names if name in ("walker", "base") and stage != "eval"
-               and use_shipped(run, name)]
+    # Experts and bases, which take long; the rest of assets/ is for play.py.
+    shipped = [name for name in run.names if name in (*body.checkpoints, "base")
+               and stage != "eval" and use_shipped(run, name)]
     if earlier:
         print(f"finished earlier, reused: {', '.join(earlier)}")
     if shipped:

@@ -187,9 +187,9 @@ def test_an_untrained_decoder_transplants_nothing():
 
 
 def test_the_kl_is_told_apart_by_the_gate():
-    kl = torch.tensor([[4.0, 1.0, 2.0, 9.0]])
-    beta = torch.tensor([[1.0, 0.2, 0.6, 0.1]])
-    mask = torch.tensor([[True, True, True, False]])
+    kl = torch.tensor([[7.0, 4.0, 1.0, 2.0, 9.0]])  # the first is open by construction
+    beta = torch.tensor([[1.0, 1.0, 0.2, 0.6, 0.1]])
+    mask = torch.tensor([[True, True, True, True, False]])
     assert kl_by_gate(kl, beta, mask) == {"kl_open": 3.0, "kl_shut": 1.0}
 
 

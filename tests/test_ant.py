@@ -815,7 +815,7 @@ def test_every_stage_runs_on_recorded_ants(tmp_path, monkeypatch, capsys):
         (["--thin", ".5"], "--thin is for the ant"),
         (["--preset", "ant-small", "--demonstrations", "1000000000000"], "the disk has free"),
         (["--preset", "ant-small", "--demonstrations", "512"], "held out"),
-        (["--preset", "ant-small", "--eps", ".1"], "own noise"),
+        (["--preset", "ant-small", "--eps", ".1"], "--eps is for the grid"),
     ],
 )
 def test_wrong_requests_for_ants(tmp_path, capsys, flags, word):

@@ -55,7 +55,7 @@ def test_embedding_by_look_up_equals_the_one_hot_product():
     vector = torch.from_numpy(one_hot(WORLD, obs.numpy())).float()
     looked_up = model.embed(obs)
     # The table's rows in the order of `one_hot`: cell-major for things, then the agent's cells.
-    table = model.embed.bag.weight.view(WORLD.things, WORLD.cells, 32)  # (K, C, D)
+    table = model.embed.bag.weight.view(WORLD.K, WORLD.cells, 32)  # (K, C, D)
     matrix = torch.cat([table[:-1].transpose(0, 1).reshape(-1, 32), table[-1]])  # (C * K, D)
     product = vector @ matrix + model.embed.bias
     assert torch.allclose(looked_up, product, atol=1e-5)
@@ -71,7 +71,7 @@ def test_embedding_by_look_up_equals_the_one_hot_product():
 def test_relative_embedding_by_hand_and_blind_to_where_the_grid_ends():
     model, (obs, _, _) = new_model(relative=True), batch()
     table = model.embed.bag.weight.view(
-        WORLD.things - 1, 7, 7, 32
+        WORLD.K - 1, 7, 7, 32
     )  # thing, row and column of its displacement, -3 .. 3 each
     for b, t in ((0, 0), (3, 4), (5, 2)):
         here = divmod(int(obs[b, t, -1]), 4)
@@ -82,8 +82,7 @@ def test_relative_embedding_by_hand_and_blind_to_where_the_grid_ends():
         )
         assert torch.allclose(model.embed(obs)[b, t], expected, atol=1e-5)
     left = (
-        torch.arange(WORLD.things)[None, None] % 3
-        + 4 * (torch.arange(WORLD.things) // 3)[None, None]
+        torch.arange(WORLD.K)[None, None] % 3 + 4 * (torch.arange(WORLD.K) // 3)[None, None]
     )  # columns 0 to 2 only
     assert torch.allclose(
         model.embed(left), model.embed(left + 1), atol=1e-5
@@ -155,8 +154,8 @@ def test_loss_is_the_mean_over_steps_of_both_parts():
     total, steps, actions = 0.0, 0, 0.0
     for b in range(3):
         for t in range(int(mask[b].sum())):
-            p_next = obs_logits[b, t].view(WORLD.things, WORLD.cells).softmax(-1)
-            seen = -sum(p_next[k, obs[b, t + 1, k]].log() for k in range(WORLD.things))
+            p_next = obs_logits[b, t].view(WORLD.K, WORLD.cells).softmax(-1)
+            seen = -sum(p_next[k, obs[b, t + 1, k]].log() for k in range(WORLD.K))
             actions += -action_p[b, t, action[b, t]].log()
             total += -action_p[b, t, action[b, t]].log() + 0.3 * seen
             steps += 1
@@ -271,7 +270,7 @@ def test_grid_paper_has_exactly_the_papers_sizes_and_takes_a_step():
         8,
         4,
         100,
-    ) and world.cells * world.things == 637
+    ) and world.cells * world.K == 637
     assert (cfg.layers, cfg.width, cfg.heads, cfg.hidden, cfg.buckets, cfg.layer, cfg.rank) == (
         6,
         256,

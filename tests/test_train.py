@@ -759,9 +759,7 @@ def test_an_image_is_the_end_of_another_episode_and_then_the_episode_in_turned_w
             o, a = obs[part], action[part]
             if len(o) == 0:
                 continue
-            assert (o[:, :-1] == o[0, :-1]).all() and len(
-                set(o[0, :-1].tolist())
-            ) == WORLD.things - 1
+            assert (o[:, :-1] == o[0, :-1]).all() and len(set(o[0, :-1].tolist())) == WORLD.K - 1
             to = table[o[:-1, -1], a[:-1]]
             assert (
                 o[1:, -1] == torch.where(torch.isin(to, o[0, WORLD.O : -1]), o[:-1, -1], to)
