@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 import subprocess
 import sys
 import warnings
@@ -538,6 +539,16 @@ if __name__ == "__main__":
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "both\n", done.stderr
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_the_lines_of_python_in_the_readme_run(other):
+    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
+    if other:  # the world that the comment names
+        block = block.replace('"envs:GridPinpad-v0", task_set="singles"', '"ant:AntPinpad-v0"')
+        assert 'make("ant:' in block
+    done = subprocess.run([sys.executable, "-c", block], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_grid_needs_neither_mujoco_nor_torch():
