@@ -7,7 +7,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
 
-from envs import TASK_SETS  # noqa: E402
+import ant  # before any test imports mujoco: it sets MUJOCO_GL
+from envs import TASK_SETS, World
 
 # "Fetch colour c, come home to 4": four subgoals of two colours each, from five colours. Fetch c is
 # followed by fetch c+2 or c+3 (mod 4), so that the last task consists of unseen transitions only.
@@ -26,8 +27,6 @@ TASK_SETS["errands"] = (
 @pytest.fixture(scope="session")
 def opengl():
     """Skip, with the reason, where no picture of the ant can be drawn."""
-    import ant
-    from envs import World
 
     try:
         ant.draw_ant(

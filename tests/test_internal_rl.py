@@ -259,6 +259,23 @@ def test_equal_rewards_teach_nothing():
     )
 
 
+def test_a_batch_of_one_episode_teaches_nothing_whatever_the_momentum():
+    """One reward has no spread; one that is NaN must not pass for a spread."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.AdamW([parameter], lr=0.1)
+
+    def learn(*reward):
+        ones, old = torch.ones(len(reward), 1), torch.zeros(len(reward), 1)
+        signs = torch.tensor([[1.0], [-1.0]])[: len(reward)]
+        internal_rl.update(
+            [parameter], optimizer, lambda: parameter * signs, old, torch.tensor(reward), ones > 0
+        )
+        return parameter.item()
+
+    moved = learn(1.0, 0.0)
+    assert moved > 0 and learn(1.0) == moved and learn(1.0, 1.0) == moved
+
+
 def test_the_update_makes_rewarded_codes_likelier():
     """A world where the code decides the reward: internal RL must find it. Here any code above 0
     in its first dimension wins."""
