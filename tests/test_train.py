@@ -814,3 +814,23 @@ def test_a_shuffled_past_is_the_episodes_own_in_exchanged_colours_and_is_not_ste
             )  # one exchange for the whole past
             orders.add(order)
     assert len(orders) > 60  # of 120
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_compiled_stages_find_the_eager_result(tmp_path):
+    """Every stage with --compile inductor: the same losses and the same evaluations, to 1e-3."""
+    few = ["--base_steps", "20", "--control_steps", "8", "--meta_steps", "8", "--rl_updates", "2"]
+    logs = []
+    for compiler in ("off", "inductor"):
+        out = tmp_path / compiler
+        done = subprocess.run(
+            command(out, *few, "--compile", compiler), capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        folder = out / "smoke" / "seed0"
+        logs.append({name: runs.read_log(folder, name) for name in NAMES})
+    for name in NAMES:
+        for eager, compiled in zip(*(log[name] for log in logs)):
+            for key in ("nll", "loss", "train_loss", "kl_per_episode", "eval_success"):
+                assert eager.get(key) == pytest.approx(compiled.get(key), abs=1e-3), (name, key)
