@@ -191,7 +191,8 @@ class Policy(nn.Module):
         return self.block.mixer.init_cache(n, 0, self.mean.weight)
 
     def ask(self, reading, memory):
-        """For InternalEnvironment: reading (m, D), memory -> z (m, n_z), logp (m,)."""
+        """For InternalEnvironment: reading (m, D), memory -> z (m, n_z), logp (m,). The memory is
+        updated in place: the policy remembers the openings before this one."""
         mu = self(reading[:, None], memory)[:, 0]
         z = mu + self.log_std.exp() * torch.randn(mu.shape, device=mu.device)
         return z, gaussian_logp(z, mu, self.log_std)

@@ -123,8 +123,9 @@ class Metacontroller(nn.Module):
         self.gru = nn.GRU(width, n_h, batch_first=True)
         self.embedder = SequenceEmbedder(width, n_s)
         self.encoder = mlp(width + n_h + n_s, encoder_hidden, 2 * n_z, scale=1.)
-        # NOT in paper: the posterior starts narrow, Sigma = exp(-3). From Sigma = 1 the code
-        # carries nothing at first and the KL extinguishes it (posterior collapse).
+        # NOT in paper: the posterior starts narrow, Sigma = exp(-3), which makes the first codes
+        # form sooner. What keeps the KL from extinguishing them is that alpha starts at 0
+        # (docs/course.md, exercise 5).
         nn.init.constant_(self.encoder[-1].bias[n_z:], -3.)
         # f_switch, Eq. 16: one hidden layer. The part that reads e_t and h_t-1 is applied to all
         # steps at once.

@@ -117,7 +117,7 @@ class Config:
     joint: bool = option(False, "meta", "what --rival cotrain sets")
     alpha: float = option(0.17, "meta", "weight of the KL")
     alpha_start: int = option(0, "meta", "steps before alpha begins to grow from 0")
-    alpha_ramp: int = option(1500, "meta", "steps over which alpha then grows")
+    alpha_ramp: int = option(1500, "meta", "steps over which alpha, and shuffle, then grow")
     meta_steps: int = option(64_000, "meta", "optimiser steps")
     meta_batch: int = option(512, "meta", "episodes per step")
     meta_lr: float = option(1e-3, "meta", "learning rate")

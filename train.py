@@ -483,7 +483,7 @@ def discover(run):
     Log: alpha (as grown so far), nll, bayes, known; kl_per_episode (nats), kl_open and kl_shut
     (nats per step where the gate is open and shut); switches, true_switches (per episode),
     precision, recall, f1, f1_1, f1_5, undecided (analysis.gate_scores); code_* (code_identity);
-    code_success: of codes from the prior.
+    code_success: of codes from the prior, near 0 for good codes, too, where a task is long.
     """
     cfg, body, world = run.cfg, BODIES[run.cfg.body], world_of(run.cfg)
     parent = None if cfg.joint and body.expert(run) is None else pretrain(run)
@@ -676,8 +676,9 @@ def evaluate(run):
     if not rows:
         raise Refused(f"nothing in {run.folder} has been trained to its end: there is nothing to "
                       f"evaluate")
+    blind = f" ({20 * n} blind)" if "blind_success" in rows else ""
     print(f"\nsuccess on the post-training task {'-'.join(map(str, world.post_task))}, {n} "
-          f"episodes ({20 * n} blind), sampled actions")
+          f"episodes{blind}, sampled actions")
     width = max(len(text) for text, _ in rows.values())
     successes = [key for key in rows if key.endswith("_success")]
     others = [key for key in rows if key not in successes]

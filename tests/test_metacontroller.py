@@ -200,6 +200,18 @@ def test_the_gate_is_causal_and_the_code_is_not():
     ).abs().max() > 1e-4  # the encoder sees the whole sequence through s
 
 
+def test_the_gate_reads_the_code_that_is_held_and_not_the_one_proposed():
+    """A proposal, which knows the future, must not reach the gate that decides about it."""
+    meta = metacontroller()
+    torch.manual_seed(4)
+    switch_input, proposal = torch.randn(1, 8, 32), torch.randn(1, 8, 3)
+    other = proposal.clone()
+    other[:, 4] += 3.0
+    before, after = (meta.integrate(x, switch_input)[1][0] for x in (proposal, other))
+    assert torch.equal(before[:5], after[:5])  # beta_4, too
+    assert (before[5:] - after[5:]).abs().max() > 1e-4  # from then on it is held, and read
+
+
 def test_sequence_embedding_is_one_vector_of_the_real_steps():
     meta = metacontroller()
     torch.manual_seed(5)
