@@ -382,8 +382,9 @@ def read_checkpoint(run, name):
                       f"{other[0]}={other[2]}: delete it, start again with --fresh, or use "
                       f"another --out")
     steps = getattr(run.cfg, STEPS[name.split("-")[0]])
-    longer = name.startswith(("policy", "raw")) and (saved["done"] or not run.extend)
-    if saved["step"] > steps and not longer or saved["done"] and saved["step"] < 1:
+    # RL that was finished with more updates is a result; one that is under way can't be cut short.
+    result = name.startswith(("policy", "raw")) and (saved["done"] or not run.extend)
+    if saved["step"] > steps and not result:
         raise Refused(f"{path} is at step {saved['step']}, more than the {steps} asked for: ask "
                       f"for more, or start again with --fresh")
     return saved
@@ -397,17 +398,15 @@ def finished(run, name):
 
 
 def use_shipped(run, name):
-    """Copy checkpoint `name` and its log out of assets/, if the run has none yet, asks for the
-    same configuration and has the parent that it was trained on. Returns whether it did."""
+    """Copy walker or base and its log out of assets/, if the run has none yet, asks for the same
+    configuration and has the walker it was trained on. Walkers first. Returns whether it did."""
     folder = ASSETS / run.preset / ("seed0" if name == "walker" else run.folder.name)
     if run.fresh or (run.folder / f"{name}.pt").exists() or not (folder / f"{name}.pt").exists():
         return False
     saved = load_checkpoint(folder / f"{name}.pt")
-    parents = {digest(read_checkpoint(run, other)["model"]) for other in ("walker", "base", "meta")
-               if (run.folder / f"{other}.pt").exists()}
-    if difference(run, name, saved["fingerprint"]) is not None:
-        return False
-    if saved["parent"] is not None and saved["parent"] not in parents:
+    walker = read_checkpoint(run, "walker")  # None on the grid, and before it is copied itself
+    parent = walker and digest(walker["model"])
+    if difference(run, name, saved["fingerprint"]) is not None or saved["parent"] != parent:
         return False
     run.folder.mkdir(parents=True, exist_ok=True)
     for kind in ("jsonl", "pt"):  # the log first: a checkpoint without it would never get one
