@@ -129,7 +129,7 @@ def draw_success(folders, to, seeds):
                          ha="center", va="top")
             shown += 1
     axes[2].set(title="at the end, every seed", ylim=(0, 1), xlim=(-.6, shown - .4), xticks=[])
-    figure.subplots_adjust(wspace=.6)
+    figure.subplots_adjust(wspace=.8)
     save(figure, to / "success.png")
 
 
