@@ -22,7 +22,8 @@ Glossary (name -> symbol -> shape; N episodes, M abstract actions, n rows still 
   rng       a numpy Generator for layouts; torch's randomness is its global generator, which
             runs.seed_everything seeds anew at every update
   state     all that must persist from step to step, one row per episode: nested dicts and lists
-Of a body, read F numbers for K cells, and vectors of A torques for actions.
+Of a body, read F numbers for K cells, and vectors of A torques for actions. In the update A is
+the advantage, and `ratio` pi / pi_old.
 """
 import math
 
@@ -226,7 +227,7 @@ def clipped_loss(logp, old_logp, advantage, mask, clip):
     return -(gain * mask).sum(1).mean()
 
 
-def update(parameters, optimizer, logp_of, old_logp, reward, mask, clip=.2, epochs=1):
+def clipped_update(parameters, optimizer, logp_of, old_logp, reward, mask, clip=.2, epochs=1):
     """`epochs` clipped steps on one batch. `logp_of()` recomputes logp (N, M) under the current
     parameters. Returns the last loss.
 
@@ -282,9 +283,9 @@ def internal_rl_step(base, meta, policy, optimizer, world, rng, n, epochs, clip)
     data, success, env = internal_episodes(base, meta, world, rng, n, policy)
     reading, z, old_logp, mask = env.sequences()
     reward = torch.from_numpy(success).to(z)
-    loss = update(list(policy.parameters()), optimizer,
-                  lambda: sequence_logp(policy, reading, z, env.count),
-                  old_logp, reward, mask, clip, epochs)
+    loss = clipped_update(list(policy.parameters()), optimizer,
+                          lambda: sequence_logp(policy, reading, z, env.count),
+                          old_logp, reward, mask, clip, epochs)
     return {"success": success.mean().item(), "loss": loss, "raw_steps": int(data.length.sum()),
             "abstract_actions": env.count.float().mean().item(),
             "std": policy.log_std.exp().mean().item()}
@@ -300,6 +301,6 @@ def raw_rl_step(base, optimizer, world, rng, n, epochs, clip):
     def logp_of():  # (N, T)
         return -action_nll(base.action_logits(base.lower(obs)), action)
 
-    loss = update(list(base.parameters()), optimizer, logp_of, player.logp[:, :mask.shape[1]],
-                  to(success).float(), mask, clip, epochs)
+    loss = clipped_update(list(base.parameters()), optimizer, logp_of,
+                          player.logp[:, :mask.shape[1]], to(success).float(), mask, clip, epochs)
     return {"success": success.mean().item(), "loss": loss, "raw_steps": int(data.length.sum())}

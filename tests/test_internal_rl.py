@@ -267,7 +267,7 @@ def test_a_batch_of_one_episode_teaches_nothing_whatever_the_momentum():
     def learn(*reward):
         ones, old = torch.ones(len(reward), 1), torch.zeros(len(reward), 1)
         signs = torch.tensor([[1.0], [-1.0]])[: len(reward)]
-        internal_rl.update(
+        internal_rl.clipped_update(
             [parameter], optimizer, lambda: parameter * signs, old, torch.tensor(reward), ones > 0
         )
         return parameter.item()
@@ -286,7 +286,7 @@ def test_the_update_makes_rewarded_codes_likelier():
         _, _, env = internal_episodes(base, meta, WORLD, rng(k), 128, policy)
         e, z, old_logp, mask = env.sequences()
         reward = (z[:, 0, 0] > 0).float()
-        internal_rl.update(
+        internal_rl.clipped_update(
             list(policy.parameters()),
             optimizer,
             lambda: gaussian_logp(z, policy(e), policy.log_std),
@@ -301,7 +301,7 @@ def test_the_update_makes_rewarded_codes_likelier():
 def test_not_finite_stops():
     parameter = torch.nn.Parameter(torch.zeros(1))
     with pytest.raises(FloatingPointError):
-        internal_rl.update(
+        internal_rl.clipped_update(
             [parameter],
             torch.optim.SGD([parameter], 1.0),
             lambda: parameter * float("nan") + torch.zeros(2, 1),

@@ -731,7 +731,7 @@ def test_a_base_is_shipped_only_with_the_walker_that_it_was_trained_on(
     )
 
 
-def test_an_image_is_the_end_of_another_episode_and_then_the_episode_in_turned_worlds():
+def test_a_view_is_the_end_of_another_episode_and_then_the_episode_in_turned_worlds():
     data = batch(200)
     torch.manual_seed(0)
     view = view_of(data, WORLD, symmetric=True, splice=0.5, shuffle=0.0)
@@ -784,7 +784,7 @@ def test_an_image_is_the_end_of_another_episode_and_then_the_episode_in_turned_w
     ).all()
 
 
-def test_a_shuffled_past_is_the_episodes_own_in_exchanged_colours_and_is_not_steered():
+def test_a_shuffled_past_is_the_episodes_own_in_exchanged_colours_and_is_not_scored():
     data = batch(200)
     torch.manual_seed(0)
     view = view_of(data, WORLD, symmetric=False, splice=1.0, shuffle=1.0)
