@@ -541,7 +541,7 @@ class Training:
                 if done or stop.asked or time.time() - last > self.run.cfg.save_seconds:
                     self.save(step + 1)
                     last = time.time()
-                if stop.asked and not done:
+                if stop.asked:  # also at the end of a stage: the next one would begin
                     raise Interrupted(stop.asked, f"{self.name} is saved at step {step + 1}")
 
 

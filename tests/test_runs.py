@@ -300,6 +300,21 @@ def test_stopping_saves_the_step_that_was_under_way(tmp_path, number):
     assert f"step {step};" in err and "Traceback" not in err
 
 
+def test_a_stop_in_the_last_step_of_a_stage_does_not_begin_the_next(tmp_path, capsys, monkeypatch):
+    genuine = train.optimise
+
+    def asked(name, step, *rest):
+        genuine(name, step, *rest)
+        if step == 69:  # of 70
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(train, "optimise", asked)
+    assert train.main([*TINY, "--stage", "control", "--out", str(tmp_path)]) == 128 + signal.SIGTERM
+    assert "base is saved at step 70" in capsys.readouterr().err
+    assert runs.load_checkpoint(tmp_path / "smoke/seed0/base.pt")["done"]
+    assert not (tmp_path / "smoke/seed0/control.pt").exists()
+
+
 def test_a_second_ctrl_c_leaves_at_once():
     with pytest.raises(KeyboardInterrupt), runs.Stop() as stop:
         signal.raise_signal(signal.SIGINT)
