@@ -63,7 +63,16 @@ from envs import (
 )
 from internal_rl import clipped_loss
 from model import GaussianHead, gaussian_logp, linear
-from runs import EVAL_SEED, Refused, Training, digest, seed_everything, world_of, write_atomically
+from runs import (
+    EVAL_SEED,
+    Refused,
+    Training,
+    adamw,
+    digest,
+    seed_everything,
+    world_of,
+    write_atomically,
+)
 
 # ------------------------------------------------------------------------------- 1. the observation
 
@@ -634,8 +643,7 @@ def expert(run):
     cfg, world = run.cfg, world_of(run.cfg)
     seed_everything(cfg.seed, "init", 4)
     walker = Walker()  # on the CPU, as the physics
-    optimizer = torch.optim.AdamW(walker.parameters(), cfg.walker_lr, weight_decay=0.,
-                                  betas=(.9, .999), fused=True)
+    optimizer = adamw(walker.parameters(), cfg.walker_lr, 0.)
     training = Training(run, "walker", walker, optimizer)
     if not training.done:
         def learn(step, rng):

@@ -438,6 +438,11 @@ def seed_everything(seed, purpose, k):
     return np.random.default_rng(sequence)
 
 
+def adamw(parameters, lr, wd):
+    """parameters: an iterable of tensors, or a list of groups with learning rates of their own."""
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=wd, betas=(.9, .999), fused=True)
+
+
 class Training:
     """One stage's training, from its checkpoint, if there is one, to its end.
 

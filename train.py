@@ -53,6 +53,7 @@ from runs import (
     Refused,
     Run,
     Training,
+    adamw,
     add_options,
     autocast,
     check,
@@ -321,11 +322,6 @@ BODIES = {"point": Grid, "ant": ant.Ant}
 #         learned = learn(step, item)           one optimiser step
 #         if due: log(report(step, learned))    measure on fixed test episodes
 #         if due: save()
-
-def adamw(parameters, lr, wd):
-    """parameters: an iterable of tensors, or a list of groups with learning rates of their own."""
-    return torch.optim.AdamW(parameters, lr=lr, weight_decay=wd, betas=(.9, .999), fused=True)
-
 
 def schedule(cfg, step, steps):
     """Factor on the learning rate. NOT in paper (constant rate): linear warm-up, then linear decay
@@ -646,6 +642,7 @@ def evaluate(run):
     def has(name):
         return finished(run, name)
 
+    meta = None
     if not kind and has("base"):
         base, rng = pretrain(run), fresh()
         # Blind success is rare: 20 times as many episodes.
@@ -659,8 +656,7 @@ def evaluate(run):
         rate = internal_episodes(base, meta, world, fresh(), n)[1].mean()
         rows["code_success"] = "codes from the prior, before RL", rate
     if not kind and has("base"):
-        meta = discover(run)[1] if has("meta") else None
-        rows |= body.evaluated(run, pretrain(run), meta, fresh(), n)
+        rows |= body.evaluated(run, base, meta, fresh(), n)
     if has("policy" + kind):
         title = {"": "internal RL", "-forced": "internal RL, forced switching",
                  "-cotrain": "internal RL, co-trained base"}[kind]
