@@ -44,6 +44,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import parallel
 from analysis import transplant
 from envs import (
     PALETTE,
@@ -645,7 +646,7 @@ def expert(run):
     walker = Walker()  # on the CPU, as the physics
     optimizer = adamw(walker.parameters(), cfg.walker_lr, 0.)
     training = Training(run, "walker", walker, optimizer)
-    if not training.done:
+    if not training.done and not parallel.rank():  # by one process: MuJoCo has threads of its own
         def learn(step, rng):
             optimizer.param_groups[0]["lr"] = cfg.walker_lr * (1 - step / cfg.walker_updates)
             return walker_step(walker, optimizer, rng)
@@ -657,6 +658,9 @@ def expert(run):
 
         steps = range(training.first, cfg.walker_updates)
         training.go(((k, seed_everything(cfg.seed, "walker", k)) for k in steps), learn, report)
+    parallel.wait()
+    if not training.done and parallel.rank():
+        Training(run, "walker", walker, optimizer)  # reads what process 0 has trained
     run.kept["walker"] = walker.requires_grad_(False).eval()
     return walker
 
@@ -689,8 +693,9 @@ class Demonstrations:
         rules = {name: x for name, x in dataclasses.asdict(world).items() if name != "post"}
         wanted = {"mujoco": version("mujoco"), "walker": digest(walker.state_dict()),
                   "episodes": run.cfg.demonstrations, "seed": run.cfg.seed, **rules}
-        if not (folder / "made.json").exists():
+        if not parallel.rank() and not (folder / "made.json").exists():
             self.make(run, kind, walker, world, folder, wanted)
+        parallel.wait()
         made = json.loads((folder / "made.json").read_text())
         for field, ours in wanted.items():
             if made.get(field) != ours:

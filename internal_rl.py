@@ -19,8 +19,7 @@ Glossary (name -> symbol -> shape; N episodes, M abstract actions, n rows still 
   logp      ln pi(z | e_1:t), summed over dimensions                   (N, M)
   advantage A_tau = (R - mean R) / (std R + 1e-3)                      (N,)
   opens     rows whose gate opened at this step: beta > 0.5            (m,) int64
-  rng       a numpy Generator for layouts; torch's randomness is its global generator, which
-            runs.seed_everything seeds anew at every update
+  rng       a numpy Generator, or parallel.Rows: layouts, actions and codes are drawn from it
   state     all that must persist from step to step, one row per episode: nested dicts and lists
 Of a body, read F numbers for K cells, and vectors of A torques for actions. In the update A is
 the advantage, and `ratio` pi / pi_old.
@@ -35,6 +34,7 @@ import torch.nn.functional as F
 from envs import sample_layouts, simulate
 from metacontroller import BETA_THRESHOLD
 from model import Block, Hawk, action_nll, gaussian_logp, linear, sample_action
+from parallel import Rows, backward, count, gathered, share
 
 # ---------------------------------------------------------------------------------------- 1. player
 
@@ -63,8 +63,9 @@ class Player:
     After the game, `logp` (N, T) holds ln p(a_t) of the actions taken.
     """
 
-    def __init__(self, base, n, T, steer=None, state=None):
-        self.base, self.steer, self.state = base, steer, state or {}
+    def __init__(self, base, n, T, rng, steer=None, state=None):
+        self.base, self.n, self.rng = base, n, rng
+        self.steer, self.state = steer, state or {}
         self.device = base.norm.weight.device
         self.caches = base.init_cache(n, T, self.device)
         # The reading needs caches of its own: the upper blocks' hold the controlled past.
@@ -89,17 +90,26 @@ class Player:
             reading = self.base.reading(e, self.reading_caches, self.t)  # (n, 1, D)
             e = self.steer(e[:, 0], reading[:, 0], self.state, worlds, self.rows)[:, None]
         logits = self.base.action_logits(e, self.caches, self.t)  # (n, 1, A), or (n, 1, 2 A)
-        action = sample_action(logits[:, 0], self.base.continuous)  # (n,), or (n, A)
+        action = sample_action(logits[:, 0], self.base.continuous, self.noise(logits))
         self.logp[self.rows, self.t] = -action_nll(logits, action[:, None])[:, 0]
         self.t += 1
         return action.cpu().numpy()[np.searchsorted(self.rows, alive)]
+
+    def noise(self, logits):
+        """For sample_action. Drawn for all N episodes at every step, so that an episode's luck does
+        not depend on when others end."""
+        if self.base.continuous:
+            noise = self.rng.standard_normal((self.n, logits.shape[-1] // 2))  # (N, A)
+        else:
+            noise = self.rng.random(self.n)  # (N,)
+        return torch.from_numpy(noise[self.rows]).to(logits)
 
 
 def play(base, world, tasks, rng, steer=None, state=None, layouts=None):
     """Play one episode per entry of `tasks` with the base model. Returns Trajectories, success
     (N,) bool, the Player."""
     things, agent = layouts or sample_layouts(world, rng, len(tasks))
-    player = Player(base, len(tasks), world.T, steer, state)
+    player = Player(base, len(tasks), world.T, rng, steer, state)
     return *simulate(world, tasks, things, agent, player, rng), player
 
 
@@ -110,18 +120,19 @@ class InternalEnvironment:
     model and decoder play by themselves. Algorithm 2's init and step(z) are turned inside out:
     where step(z) would return, `ask` is called.
 
-    `ask(reading, memory) -> z, logp` is a policy's sampler; it is asked only in the episodes whose
-    gate is open, at the first step always. `asked` keeps what it was asked and said: (episode,
-    position in that episode, reading, z, logp). `gates` (N, T) keeps beta, `codes` (N, T, n_z)
-    the code of every raw step. `state` is the first state; from then on the Player keeps it.
+    `ask(reading, memory, noise) -> z, logp` is a policy's sampler, noise from N(0, I); it is asked
+    only in the episodes whose gate is open, at the first step always. `asked` keeps what it was
+    asked and said: (episode, position in that episode, reading, z, logp). `gates` (N, T) keeps
+    beta, `codes` (N, T, n_z) the code of every raw step. `state` is the first state; from then on
+    the Player keeps it.
 
     In training z_t mixes the proposal and z_t-1 (Eq. 17); here a new code replaces the old one
     outright. It may: a trained gate is quasi-binary (Fig. 6), so that beta > 0.5 means beta near
     1, where the mixture is the proposal. How binary it is, the logs of stage 2 say ("undecided").
     """
 
-    def __init__(self, meta, ask, memory, n, T, device):
-        self.meta, self.ask = meta, ask
+    def __init__(self, meta, ask, memory, n, T, rng, device):
+        self.meta, self.ask, self.rng = meta, ask, rng
         self.state = {"h": torch.zeros(n, meta.n_h, device=device),
                       "z": torch.zeros(n, meta.n_z, device=device), "memory": memory}
         self.count = torch.zeros(n, dtype=torch.long, device=device)  # abstract actions so far
@@ -137,9 +148,10 @@ class InternalEnvironment:
         self.gates[rows, self.t] = beta
         playing = torch.from_numpy(~worlds.done[rows]).to(e.device)
         opens = ((beta > BETA_THRESHOLD) & playing).nonzero()[:, 0]  # (m,)
+        noise = self.rng.standard_normal((len(self.count), self.meta.n_z))[rows]  # (n, n_z)
         if len(opens):
             memory = select(state["memory"], opens)
-            z, logp = self.ask(reading[opens], memory)
+            z, logp = self.ask(reading[opens], memory, torch.from_numpy(noise).to(reading)[opens])
             assign(state["memory"], opens, memory)
             state["z"] = state["z"].index_copy(0, opens, z)
             episode = torch.from_numpy(rows).to(e.device)[opens]
@@ -191,20 +203,17 @@ class Policy(nn.Module):
     def init_memory(self, n):
         return self.block.mixer.init_cache(n, 0, self.mean.weight)
 
-    def ask(self, reading, memory):
-        """For InternalEnvironment: reading (m, D), memory -> z (m, n_z), logp (m,). The memory is
-        updated in place: the policy remembers the openings before this one."""
+    def ask(self, reading, memory, noise):
+        """For InternalEnvironment: reading (m, D), memory, noise (m, n_z) -> z (m, n_z), logp (m,).
+        The memory is updated in place: the policy remembers the openings before this one."""
         mu = self(reading[:, None], memory)[:, 0]
-        z = mu + self.log_std.exp() * torch.randn(mu.shape, device=mu.device)
+        z = mu + self.log_std.exp() * noise
         return z, gaussian_logp(z, mu, self.log_std)
 
 
-def prior_sampler(n_z):
+def ask_prior(reading, memory, noise):
     """`ask` with codes from N(0, I): the exploration that internal RL starts from."""
-    def ask(reading, memory):
-        z = torch.randn(len(reading), n_z, device=reading.device)
-        return z, gaussian_logp(z, torch.zeros_like(z), torch.zeros_like(z))
-    return ask
+    return noise, gaussian_logp(noise, torch.zeros_like(noise), torch.zeros_like(noise))
 
 
 # -------------------------------------------------------------------------------- 4. update (C.5.2)
@@ -229,21 +238,22 @@ def clipped_loss(logp, old_logp, advantage, mask, clip):
 
 def clipped_update(parameters, optimizer, logp_of, old_logp, reward, mask, clip=.2, epochs=1):
     """`epochs` clipped steps on one batch. `logp_of()` recomputes logp (N, M) under the current
-    parameters. Returns the last loss.
+    parameters. Of several processes each has its own episodes' logp, old_logp and mask, and the
+    reward of all, in the order of processes. Returns the last loss.
 
     NOT in paper: the gradient's norm is cut at 1; the clip range .2 and more than one epoch; and
     if all rewards are equal, so that every advantage is 0, the step is skipped: Adam's momentum
     would move the policy on no evidence. Raises FloatingPointError on a non-finite loss.
     """
-    advantage = relative_advantage(reward)
+    advantage = relative_advantage(reward)[share(len(reward))]
     if reward.std(unbiased=False) == 0:
         return 0.
     for _ in range(epochs):
+        optimizer.zero_grad()
         loss = clipped_loss(logp_of(), old_logp, advantage, mask, clip)
+        loss = backward(loss / count(), parameters)
         if not torch.isfinite(loss):
             raise FloatingPointError("the RL loss is not finite")
-        optimizer.zero_grad()
-        loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.)
         optimizer.step()
     return loss.item()
@@ -254,9 +264,9 @@ def clipped_update(parameters, optimizer, logp_of, old_logp, reward, mask, clip=
 def internal_episodes(base, meta, world, rng, n, policy=None):
     """Algorithm 3's inner loop: n episodes of the post-training task with codes from `policy`
     (None: from the prior). Returns Trajectories, success (n,) bool, the InternalEnvironment."""
-    ask = prior_sampler(meta.n_z) if policy is None else policy.ask
+    ask = ask_prior if policy is None else policy.ask
     memory = {} if policy is None else policy.init_memory(n)
-    env = InternalEnvironment(meta, ask, memory, n, world.T, base.norm.weight.device)
+    env = InternalEnvironment(meta, ask, memory, n, world.T, rng, base.norm.weight.device)
     with torch.no_grad():
         data, success, _ = play(base, world, [world.post_task] * n, rng, env, env.state)
     return data, success, env
@@ -279,28 +289,35 @@ def sequence_logp(policy, reading, z, count, portions=8):
 
 
 def internal_rl_step(base, meta, policy, optimizer, world, rng, n, epochs, clip):
-    """One update of Algorithm 3 on n fresh episodes. Returns a dict of what happened."""
-    data, success, env = internal_episodes(base, meta, world, rng, n, policy)
+    """One update of Algorithm 3 on n fresh episodes, shared by all processes. Returns a dict of
+    what happened."""
+    rng = Rows(rng, n)
+    data, success, env = internal_episodes(base, meta, world, rng, n // count(), policy)
     reading, z, old_logp, mask = env.sequences()
-    reward = torch.from_numpy(success).to(z)
+    ends = torch.stack([torch.from_numpy(success).to(z), torch.from_numpy(data.length).to(z),
+                        env.count.to(z)], dim=1)  # (N, 3)
+    reward, length, actions = gathered(ends).unbind(1)
     loss = clipped_update(list(policy.parameters()), optimizer,
                           lambda: sequence_logp(policy, reading, z, env.count),
                           old_logp, reward, mask, clip, epochs)
-    return {"success": success.mean().item(), "loss": loss, "raw_steps": int(data.length.sum()),
-            "abstract_actions": env.count.float().mean().item(),
+    return {"success": reward.mean().item(), "loss": loss, "raw_steps": int(length.sum()),
+            "abstract_actions": actions.mean().item(),
             "std": policy.log_std.exp().mean().item()}
 
 
 def raw_rl_step(base, optimizer, world, rng, n, epochs, clip):
     """The rival (C.5.3): the same update on the base model's own action probabilities, all of its
     weights trained. Returns a dict of what happened."""
-    data, success, player = play(base, world, [world.post_task] * n, rng)
+    rng = Rows(rng, n)
+    data, success, player = play(base, world, [world.post_task] * (n // count()), rng)
     to = lambda x: torch.from_numpy(x).to(player.device)
+    ends = torch.stack([to(success).float(), to(data.length).float()], dim=1)  # (N, 2)
+    reward, length = gathered(ends).unbind(1)
     obs, action, mask = to(data.obs()[:, :-1]), to(data.action), to(data.mask())
 
     def logp_of():  # (N, T)
         return -action_nll(base.action_logits(base.lower(obs)), action)
 
     loss = clipped_update(list(base.parameters()), optimizer, logp_of,
-                          player.logp[:, :mask.shape[1]], to(success).float(), mask, clip, epochs)
-    return {"success": success.mean().item(), "loss": loss, "raw_steps": int(data.length.sum())}
+                          player.logp[:, :mask.shape[1]], reward, mask, clip, epochs)
+    return {"success": reward.mean().item(), "loss": loss, "raw_steps": int(length.sum())}

@@ -412,12 +412,14 @@ def action_nll(logits, action):
     return F.cross_entropy(logits.transpose(1, 2), action, reduction="none")  # wants (B, A, T)
 
 
-def sample_action(logits, continuous):
-    """a ~ p(a_t | o_1:t): logits (n, A) -> (n,) int64; continuous: (n, 2 A) -> (n, A) float."""
-    if not continuous:
-        return torch.multinomial(logits.softmax(-1), 1)[:, 0]
+def sample_action(logits, continuous, noise):
+    """a ~ p(a_t | o_1:t): logits (n, A) and noise (n,), uniform -> (n,) int64; continuous: logits
+    (n, 2 A) and noise (n, A), from N(0, I) -> (n, A) float."""
+    if not continuous:  # the first action at which the distribution function exceeds the noise
+        below = logits.softmax(-1).cumsum(-1)[:, :-1]  # (n, A - 1)
+        return (noise[:, None] >= below).sum(-1)
     mean, log_std = logits.chunk(2, dim=-1)
-    return mean + log_std.exp() * torch.randn_like(mean)
+    return mean + log_std.exp() * noise
 
 
 def pretraining_loss(model, obs, action, mask):

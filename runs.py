@@ -36,6 +36,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import parallel
 from envs import World, generate
 
 ASSETS = Path(__file__).parent / "assets"  # <preset>/seed<k>/: checkpoints that are shipped
@@ -223,6 +224,11 @@ def check(cfg, preset):
                       f"--policy_width {cfg.policy_width} of 8")
     if not 2 <= cfg.buckets <= 128:
         raise Refused(f"--buckets {cfg.buckets} must be between 2 and 128")
+    pairs = 2 * parallel.count()  # a view's two episodes stay together
+    for name in ("base_batch", "thin_batch", "control_batch", "meta_batch", "rl_batch"):
+        if parallel.count() > 1 and getattr(cfg, name) % pairs:
+            raise Refused(f"--{name} {getattr(cfg, name)} can't be shared by {parallel.count()} "
+                          f"processes: it must be a multiple of {pairs}")
     for name in ("layer", "read"):
         if getattr(cfg, name) > cfg.layers:
             raise Refused(f"--{name} {getattr(cfg, name)} does not exist: the model has layers 0 "
@@ -523,6 +529,10 @@ class Training:
         Saves after the first step, so that after --fresh one step suffices to say that this one is
         trained here; every save_seconds; at the end; and when Ctrl-C or SIGTERM asks to stop.
         """
+        if parallel.rank():  # process 0 does all the rest
+            for step, item in source:
+                learn(step, item)
+            return
         folder = self.run.folder
         folder.mkdir(parents=True, exist_ok=True)
         # It speaks of weights that are about to change.
@@ -552,7 +562,7 @@ class Training:
 
 class Stop:
     """While it is entered, the first Ctrl-C or SIGTERM only sets `asked` to its number; the second
-    one leaves at once."""
+    one leaves at once (not under torchrun, which passes a Ctrl-C on that we have already got)."""
 
     def __enter__(self):
         self.asked = 0
@@ -565,8 +575,11 @@ class Stop:
 
     def ask(self, number, frame):
         self.asked = number
-        self.__exit__()
-        tqdm.write("stopping after this step; once more leaves at once")
+        again = ""
+        if parallel.count() == 1:
+            self.__exit__()
+            again = "; once more leaves at once"
+        tqdm.write(f"stopping after this step{again}")
 
     def __exit__(self, *error):
         for number, handler in self.before.items():
@@ -582,8 +595,11 @@ def choose_device(run):
         torch.set_num_threads(cfg.threads)
     cuda = torch.cuda.is_available()
     run.device = torch.device(("cuda" if cuda else "cpu") if cfg.device == "auto" else cfg.device)
+    if run.device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     reason = ("asked for" if cfg.device != "auto" else "CUDA found" if cuda else "no CUDA found")
-    print(f"device {run.device} ({reason}), {torch.get_num_threads()} CPU threads")
+    print(f"device {run.device} ({reason}), {parallel.count()} x {torch.get_num_threads()} CPU "
+          f"threads")
     dtypes = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16)}
     saved = [read_checkpoint(run, name) for name in run.names]
     unfinished = [one["dtype"] for one in saved if one and not one["done"]]
@@ -596,6 +612,7 @@ def choose_device(run):
             run.device, torch.bfloat16)
         run.dtype = torch.bfloat16 if ratio > 1.3 else torch.float32
         reason = f"bfloat16 matrix products measured at {ratio:.2g}x the speed of float32"
+    run.dtype = parallel.agreed(run.dtype)
     print(f"dtype {run.dtype} ({reason})")
     if cfg.compile != "auto":
         run.compiler, reason = cfg.compile, "asked for"

@@ -24,6 +24,7 @@ Glossary: as in envs.py, model.py, metacontroller.py and internal_rl.py, and
 import copy
 import dataclasses
 import json
+import os
 import signal
 import sys
 import time
@@ -45,6 +46,7 @@ from envs import draw_grid, exact_bounds, generate, symmetries
 from internal_rl import Policy, internal_episodes, internal_rl_step, play, raw_rl_step
 from metacontroller import BETA_THRESHOLD, Decoder, Metacontroller, discovery_loss
 from model import SequenceModel, grid_parts, pretraining_loss
+from parallel import Lost, backward, join, own, part, rank, wait
 from runs import (
     EVAL_SEED,
     Config,
@@ -187,8 +189,8 @@ def view_of(batch, world, symmetric, splice, shuffle):
         past, up to a random step, is made useless or wrong, so that the code has to overrule what
         the base knows from it. Any colour then follows any other, also where pretraining never
         shows it.
-        splice: the past is the end of another episode (now and then itself), steered by that
-        episode's codes.
+        splice: the past is the end of another episode, its neighbour in the batch, steered by
+        that episode's codes.
         shuffle: the past is the episode's own, its colours exchanged at random. It is not scored,
         as no code tells of exchanged colours.
 
@@ -210,7 +212,8 @@ def view_of(batch, world, symmetric, splice, shuffle):
     t, rows = torch.arange(T, device=device), torch.arange(B, device=device)[:, None]
     shuffled = draw() < shuffle  # (B, 1)
     spliced = (draw() < splice) & ~shuffled
-    other = torch.randperm(B, device=device)[:, None]
+    # In pairs, so that the shares of several processes (parallel.py) hold both of each.
+    other = (rows ^ 1).clamp(max=B - 1)  # (B, 1)
     others = length[other[:, 0]]  # (B, 1) its length
     cut = (draw() * length).long() * (shuffled | spliced)  # (B, 1) where the past ends
     cut = torch.where(spliced, torch.minimum(cut, others), cut)
@@ -331,28 +334,30 @@ def schedule(cfg, step, steps):
 
 
 def optimise(name, step, loss, model, optimizer, lr):
-    """One step of stage `name`. NOT in paper: the gradient's norm is cut at 1, which keeps rare
-    batches from undoing many good ones. FloatingPointError on a non-finite loss."""
-    if not torch.isfinite(loss):  # synchronises with a GPU, once a step
-        raise FloatingPointError(f"the loss of {name} is not finite at step {step}; the last "
-                                 f"checkpoint keeps the last good state")
+    """One step of stage `name`, on the sum of all processes' losses, which is returned. NOT in
+    paper: the gradient's norm is cut at 1, which keeps rare batches from undoing many good ones.
+    FloatingPointError on a non-finite loss."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad()
-    loss.backward()
+    loss = backward(loss, model.parameters())
+    if not torch.isfinite(loss):  # synchronises with a GPU, once a step
+        raise FloatingPointError(f"the loss of {name} is not finite at step {step}; the last "
+                                 f"checkpoint keeps the last good state")
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
     optimizer.step()
+    return loss
 
 
 def supervise(run, training, source, lr, loss_of, report):
-    """The loop of every supervised stage: loss_of(step, batch) -> loss."""
+    """The loop of every supervised stage: loss_of(step, batch) -> loss, one's own part of it."""
     def learn(step, batch):
         with autocast(run):
             loss = loss_of(step, batch)
         rate = lr * schedule(run.cfg, step, training.steps)
-        optimise(training.name, step, loss, training.model, training.optimizer, rate)
-        return loss
+        return optimise(training.name, step, loss, training.model, training.optimizer, rate)
     training.go(source, learn, report)
+    wait()  # for the checkpoint
 
 
 def frozen(model):
@@ -407,7 +412,8 @@ def pretrain(run):
                 padded = torch.nn.functional.pad(action, (0, 0, 0, 1))  # (B, T+1, A)
                 obs, action = body.turned(world, g.expand(obs.shape[:2]), obs, padded)
                 action = action[:, :-1]
-            return pretraining_loss(base, obs, action, batch["mask"])[0]
+            mine = own({"obs": obs, "action": action, "mask": batch["mask"]})
+            return part(batch["mask"]) * pretraining_loss(base, **mine)[0]
 
         def report(step, loss):
             with torch.no_grad(), autocast(run):
@@ -445,12 +451,14 @@ def control(run):
         test = tensors(run, data)
 
         def loss_of(step, batch):
-            obs, action, subgoal = batch["obs"][:, :-1], batch["action"], batch["subgoal"]
             view = view_of(batch, world, cfg.symmetric, cfg.splice, cfg.shuffle)
             if view is None:
-                return control_loss(base, decoder, obs, action, subgoal, batch["mask"])
-            subgoal = subgoal[view["row"], view["step"]]  # (B, T)
-            return control_loss(base, decoder, view["obs"], view["action"], subgoal, view["mask"])
+                view = batch | {"obs": batch["obs"][:, :-1]}
+            else:
+                view["subgoal"] = batch["subgoal"][view["row"], view["step"]]  # (B, T)
+            mine = own(view)
+            return part(view["mask"]) * control_loss(
+                base, decoder, mine["obs"], mine["action"], mine["subgoal"], mine["mask"])
 
         def report(step, loss):
             seen = test["obs"][:, :-1]
@@ -504,8 +512,13 @@ def discover(run):
         def loss_of(step, batch):
             noise = torch.randn(*batch["mask"].shape, cfg.n_z, device=run.device)
             view = view_of(batch, world, cfg.symmetric, cfg.splice, cfg.shuffle * grown(step))
-            return discovery_loss(base, meta.train(), batch["obs"], batch["action"],
-                                  batch["mask"], noise, cfg.alpha * grown(step), view)[0]
+            mine, mine_of_view = own(batch | {"noise": noise}), view and own(view)
+            # Shares of the mean NLL and of the mean KL, which are over different steps.
+            scored = part((view or batch)["mask"])
+            alpha = cfg.alpha * grown(step) * part(batch["mask"]) / scored
+            return scored * discovery_loss(
+                base, meta.train(), mine["obs"], mine["action"], mine["mask"], mine["noise"],
+                alpha, mine_of_view)[0]
 
         def report(step, loss):
             return discovered(run, base, meta.eval(), data, test, bounds, cfg.alpha * grown(step))
@@ -580,6 +593,7 @@ def reinforce(run, name, model, optimizer, update, trial, parent):
         purpose, steps = name.split("-")[0], range(training.first, cfg.rl_updates)
         source = ((k, seed_everything(cfg.seed, purpose, k)) for k in steps)
         training.go(source, learn, report)
+        wait()  # for the checkpoint
     return frozen(model)
 
 
@@ -683,7 +697,8 @@ def evaluate(run):
             print("also measured")
         print(f"  {rows[key][0]:{width}}  {rows[key][1]:.4f}")
     rates = {key: float(rate) for key, (_, rate) in rows.items()}
-    write_atomically(run.folder / f"eval{kind}.json", json.dumps(rates).encode())
+    if not rank():
+        write_atomically(run.folder / f"eval{kind}.json", json.dumps(rates).encode())
 
 
 # ------------------------------------------------------------------------------ 7. the command line
@@ -782,9 +797,14 @@ def prepare(run, preset, stage, stale):
 
 
 def main(argv=None):
+    join()
+    if rank():  # process 0 speaks for all
+        sys.stdout = sys.stderr = open(os.devnull, "w")
     try:
         run, stage, rival, stale = parse(argv)
-        prepare(run, PRESETS[run.preset], stage, stale)
+        if not rank():
+            prepare(run, PRESETS[run.preset], stage, stale)
+        wait()
         choose_device(run)
         if stage == "rl" and rival == "none":
             control(run)
@@ -799,6 +819,10 @@ def main(argv=None):
     except Refused as refusal:
         print(f"train.py: {refusal}", file=sys.stderr)
         return 2
+    except Lost:
+        print("train.py: another process has ended; the same command, without --fresh, goes on "
+              "from the last checkpoint", file=sys.stderr)
+        return 1
     except (FloatingPointError, OSError) as error:  # a diverged loss; a full disk
         print(f"train.py: {error}", file=sys.stderr)
         return 1

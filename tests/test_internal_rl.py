@@ -71,7 +71,9 @@ def test_acting_remembers_the_whole_episode_with_and_without_control(mixer):
     base, meta, policy = parts(mixer)
     for steered in (False, True):
         env = (
-            InternalEnvironment(meta, policy.ask, policy.init_memory(60), 60, WORLD.T, "cpu")
+            InternalEnvironment(
+                meta, policy.ask, policy.init_memory(60), 60, WORLD.T, rng(0), "cpu"
+            )
             if steered
             else None
         )

@@ -249,7 +249,7 @@ def test_every_preset_fits_into_a_machine_of_its_kind(monkeypatch):
     ],
 )
 def test_out_of_memory_later_on_is_one_sentence(tmp_path, capsys, monkeypatch, error):
-    def too_much(*args):
+    def too_much(*args, **named):
         raise error
 
     monkeypatch.setattr(train, "pretraining_loss", too_much)
@@ -304,9 +304,10 @@ def test_a_stop_in_the_last_step_of_a_stage_does_not_begin_the_next(tmp_path, ca
     genuine = train.optimise
 
     def asked(name, step, *rest):
-        genuine(name, step, *rest)
+        loss = genuine(name, step, *rest)
         if step == 69:  # of 70
             signal.raise_signal(signal.SIGTERM)
+        return loss
 
     monkeypatch.setattr(train, "optimise", asked)
     assert train.main([*TINY, "--stage", "control", "--out", str(tmp_path)]) == 128 + signal.SIGTERM

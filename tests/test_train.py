@@ -524,9 +524,9 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
 ):
     genuine, calls = train.pretraining_loss, [0]
 
-    def poisoned(*args):
+    def poisoned(*args, **named):
         calls[0] += 1
-        loss, nll = genuine(*args)
+        loss, nll = genuine(*args, **named)
         return (loss * float("nan") if calls[0] == 30 else loss), nll
 
     monkeypatch.setattr(train, "pretraining_loss", poisoned)
