@@ -179,6 +179,7 @@ class Metacontroller(nn.Module):
         beta_1 = 1: before the first step there is no code to keep. (NOT in paper, which leaves
         z_0 open.)
         """
+        # Costs T small steps one after the other, forwards and backwards, whatever the batch.
         # unbind once, not x[:, t] in the loop: indexing makes a full-size zero gradient per step.
         proposals, inputs = proposal.unbind(1), switch_input.unbind(1)
         z = proposals[0]

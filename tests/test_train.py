@@ -816,16 +816,30 @@ def test_a_shuffled_past_is_the_episodes_own_in_exchanged_colours_and_is_not_sco
     assert len(orders) > 60  # of 120
 
 
+NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+COMPILED = [
+    pytest.param(
+        "cpu",
+        "inductor",
+        marks=pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler"),
+    ),
+    pytest.param("cuda", "cudagraphs", marks=NO_CUDA),
+    pytest.param("cuda", "inductor", marks=NO_CUDA),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-def test_compiled_stages_find_the_eager_result(tmp_path):
-    """Every stage with --compile inductor: the same losses and the same evaluations, to 1e-3."""
+@pytest.mark.parametrize(("device", "backend"), COMPILED)
+def test_compiled_stages_find_the_eager_result(tmp_path, device, backend):
+    """Every stage compiled: the same losses and the same evaluations, to 1e-3."""
     few = ["--base_steps", "20", "--control_steps", "8", "--meta_steps", "8", "--rl_updates", "2"]
     logs = []
-    for compiler in ("off", "inductor"):
+    for compiler in ("off", backend):
         out = tmp_path / compiler
         done = subprocess.run(
-            command(out, *few, "--compile", compiler), capture_output=True, text=True
+            command(out, *few, "--device", device, "--compile", compiler),
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stderr
         folder = out / "smoke" / "seed0"
