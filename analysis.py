@@ -8,6 +8,7 @@ Paper sections: C.3, C.6 (switches counted at beta > .5), B.3.2; Fig. 6.
 Glossary: as in envs.py (worlds), metacontroller.py (beta, z) and internal_rl.py (steer, reading).
 All but C.3, B.3.2 and the count of switches is ours.
 """
+import itertools
 import math
 
 import numpy as np
@@ -65,6 +66,34 @@ def kl_by_gate(kl_steps, beta, mask):
             "kl_shut": (kl_steps * shut).sum().item() / max(shut.sum().item(), 1)}
 
 
+def opened_by_subgoals(data, gates):
+    """Does the gate open where a subgoal is finished, and where only a colour inside one is
+    reached? On subgoals of several colours this tells a gate that knows them from one that opens
+    on colours. NOT in paper, which shows it in Fig. 6.
+
+    data: Trajectories of N episodes; gates (N, T), beta. Returns a dict of shares of arrivals, None
+    without any: opens_subgoal_end, opens_inside.
+    """
+    arrivals = np.zeros(gates.shape, bool)  # (N, T): a colour of the task was reached just before
+    arrivals[:, 1:] = data.progress[:, 1:] > data.progress[:, :-1]
+    arrivals &= data.mask()
+    opens, ends = gates.cpu().numpy() > BETA_THRESHOLD, data.switches()
+    share = lambda where: float(opens[where].mean()) if where.any() else None
+    return {"opens_subgoal_end": share(ends), "opens_inside": share(arrivals & ~ends)}
+
+
+def success_by_leg(world, data, success):
+    """For each colour of the post-training task, the share of the episodes that reach it among
+    those that reached the one before: a list. None where nobody came so far. NOT in paper.
+
+    data: Trajectories of N episodes of that task; success (N,) bool.
+    """
+    n = np.arange(len(success))
+    reached = data.progress[n, data.length - 1] + success  # (N,): how many colours, in order
+    counts = [(reached >= k).sum() for k in range(len(world.post_task) + 1)]
+    return [float(b / a) if a else None for a, b in itertools.pairwise(counts)]
+
+
 def opened_at_arrivals(world, data, gates):
     """Did the gate open where a subgoal was reached? Two arrays of bool, an entry for each such
     arrival: straight from another colour's cell, and from an empty one. NOT in paper.
@@ -104,9 +133,10 @@ def steer_by_subgoal(decoder):
 
 
 def control_success(base, decoder, world, rng, n):
-    """Share of n episodes of the post-training task solved with true-subgoal controllers."""
-    _, success, _ = play(base, world, [world.post_task] * n, rng, steer_by_subgoal(decoder))
-    return success.mean().item()
+    """Share of n episodes of the post-training task solved with true-subgoal controllers, and
+    success_by_leg."""
+    data, success, _ = play(base, world, [world.post_task] * n, rng, steer_by_subgoal(decoder))
+    return success.mean().item(), success_by_leg(world, data, success)
 
 
 # ----------------------------------------------------------------------------------------- 3. codes

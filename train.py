@@ -41,6 +41,7 @@ from analysis import (
     gate_scores,
     kl_by_gate,
     opened_at_arrivals,
+    opened_by_subgoals,
 )
 from envs import draw_grid, exact_bounds, generate, symmetries
 from internal_rl import Policy, internal_episodes, internal_rl_step, play, raw_rl_step
@@ -438,7 +439,7 @@ def control(run):
     --decoder_hidden. Internal RL, which is told nothing, is compared with its success.
 
     Log: nll under the true controllers (nats per action; its bounds bayes, known), success on the
-    post-training task, layer.
+    post-training task, success_by_leg (a share for each of its colours), layer.
     """
     cfg, body, world = run.cfg, BODIES[run.cfg.body], world_of(run.cfg)
     base = pretrain(run)
@@ -466,13 +467,13 @@ def control(run):
                 nll = control_loss(base, decoder, seen, test["action"], test["subgoal"],
                                    test["mask"]).item()
             rng = seed_everything(EVAL_SEED, "eval", 0)
-            success = control_success(base, decoder, world, rng, cfg.eval_episodes)
+            success, legs = control_success(base, decoder, world, rng, cfg.eval_episodes)
             with torch.no_grad():
                 z = torch.nn.functional.one_hot(test["subgoal"][:1], len(world.subgoals)).float()
                 e = decoder(base.lower(seen[:1]), z)  # (1, T, D)
                 text = body.decoded(data, base.action_logits(e))
             metrics = {"nll": nll, "bayes": bounds.get("bayes"), "known": bounds.get("known"),
-                       "success": success, "layer": cfg.layer}
+                       "success": success, "success_by_leg": legs, "layer": cfg.layer}
             return ("nll", "known", "success"), metrics, text
 
         source = batches(run, "control", cfg.control_batch, True, training.first,
@@ -486,7 +487,8 @@ def discover(run):
 
     Log: alpha (as grown so far), nll, bayes, known; kl_per_episode (nats), kl_open and kl_shut
     (nats per step where the gate is open and shut); switches, true_switches (per episode),
-    precision, recall, f1, f1_1, f1_5, undecided (analysis.gate_scores); code_* (code_identity);
+    precision, recall, f1, f1_1, f1_5, undecided (analysis.gate_scores); opens_subgoal_end,
+    opens_inside (analysis.opened_by_subgoals); code_* (code_identity);
     code_success: of codes from the prior, near 0 for good codes, too, where a task is long.
     """
     cfg, body, world = run.cfg, BODIES[run.cfg.body], world_of(run.cfg)
@@ -544,13 +546,14 @@ def discovered(run, base, meta, data, test, bounds, alpha):
     metrics = {"alpha": alpha, "nll": out["nll"].item(), "bayes": bounds.get("bayes"),
                "known": bounds.get("known"), "kl_per_episode": out["kl"].item() * per_episode,
                **kl_by_gate(out["kl_steps"], out["beta"], test["mask"]),
-               **gate_scores(out["beta"], test["switches"], test["mask"]), **identity,
+               **gate_scores(out["beta"], test["switches"], test["mask"]),
+               **opened_by_subgoals(data, out["beta"]), **identity,
                "code_success": success.mean().item()}
     T = int(data.length[0])
     text = ("subgoal " + "".join(map(str, data.subgoal[0, :T])),
             "gate    " + gate_line(out["beta"][0, :T]))
     shown = ("nll", "known", "kl_per_episode", "kl_open", "kl_shut", "switches", "true_switches",
-             "precision", "recall", "f1", "undecided", "code_identity", "code_none",
+             "f1", "opens_subgoal_end", "opens_inside", "undecided", "code_identity", "code_none",
              "code_success")
     return shown, metrics, text
 
@@ -663,7 +666,7 @@ def evaluate(run):
         rate = np.concatenate([alone(base, rng) for _ in range(20)]).mean()
         rows["blind_success"] = "blind sampling from the base model", rate
         if has("control"):
-            rate = control_success(base, control(run), world, fresh(), n)
+            rate = control_success(base, control(run), world, fresh(), n)[0]
             rows["control_success"] = "true-subgoal controllers (C.3)", rate
     if has("meta" + kind):
         base, meta = discover(run)

@@ -4,6 +4,7 @@ import math
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from test_internal_rl import WORLD, parts, rng
 from test_metacontroller import batch, frozen_base
@@ -16,10 +17,20 @@ from analysis import (
     gate_scores,
     kl_by_gate,
     opened_at_arrivals,
+    opened_by_subgoals,
     steer_by_subgoal,
+    success_by_leg,
     transplant,
 )
-from envs import Trajectories, World, generate, sample_layouts, simulate
+from envs import (
+    Trajectories,
+    World,
+    distances,
+    generate,
+    grid_expert,
+    sample_layouts,
+    simulate,
+)
 from metacontroller import Decoder
 from model import action_nll
 
@@ -90,7 +101,8 @@ def test_true_subgoal_controllers_are_switched_at_the_right_moments():
     simulate(WORLD, [tuple(colours(n)) for n in range(20)], data.things, data.agent[:, 0], expert)
     chosen = torch.stack(chosen, 1).numpy()
     assert (chosen[:, : data.subgoal.shape[1]][data.mask()] == data.subgoal[data.mask()]).all()
-    assert 0 <= control_success(base, decoder, WORLD, rng(), 20) <= 1
+    success, legs = control_success(base, decoder, WORLD, rng(), 20)
+    assert 0 <= success <= 1 and len(legs) == len(WORLD.post_task)
 
 
 def test_code_identity_of_real_rollouts_of_an_untrained_decoder_is_nothing():
@@ -214,3 +226,30 @@ def test_arrivals_straight_from_a_colour_are_told_from_others():
     gates = torch.tensor([[1.0, 0, 1, 0, 0], [1.0, 0, 0.4, 1, 0.6], [1.0, 0, 1, 0, 1]])
     near, far = opened_at_arrivals(world, episodes([5, 5, 4]), gates)
     assert near.tolist() == [True, False, True] and far.tolist() == [False, True]
+
+
+def test_gates_on_pairs_are_told_from_gates_on_colours():
+    """Both open at every end of a subgoal; only the second also inside one."""
+    world = World()  # A.1: two colours a subgoal
+    data = generate(world, rng(), 40)
+    ends = torch.from_numpy(data.switches()).float()
+    colours = torch.zeros_like(ends)
+    colours[:, 1:] = torch.from_numpy(data.progress[:, 1:] > data.progress[:, :-1]).float()
+    found = opened_by_subgoals(data, ends * 0.9)
+    assert found == {"opens_subgoal_end": 1.0, "opens_inside": 0.0}
+    found = opened_by_subgoals(data, colours * 0.9)
+    assert found == {"opens_subgoal_end": 1.0, "opens_inside": 1.0}
+    found = opened_by_subgoals(data, ends * 0)
+    assert found == {"opens_subgoal_end": 0.0, "opens_inside": 0.0}
+
+
+def test_success_by_leg_multiplies_to_success():
+    world = World(G=5, O=4, W=0, T=18, task_set="singles", post="0-1-2-3-0")
+    draw = rng()
+    things, agent = sample_layouts(world, draw, 300)
+    lost = np.zeros(300, bool)
+    act = grid_expert(world, distances(world, things), draw, lost, eps=0.3)  # often too late
+    data, success = simulate(world, [world.post_task] * 300, things, agent, act, draw)
+    legs = success_by_leg(world, data, success)
+    assert len(legs) == 5 and 0.01 < success.mean() < 0.99
+    assert np.prod(legs) == pytest.approx(success.mean())
