@@ -97,6 +97,7 @@ class Config:
     symmetric: bool = option(False, "split", "steer a turned or reflected view (train.view_of)")
     splice: float = option(0., "split", "share, of views not shuffled, with another's past")
     shuffle: float = option(0., "split", "share of views whose past has its colours exchanged")
+    join: float = option(0., "split", "share, of the others, after another whole demonstration")
 
     rank: int = option(16, "control", "rank of the true-subgoal controllers; 0 = full matrix")
     control_steps: int = option(3200, "control", "optimiser steps")
@@ -167,10 +168,10 @@ STEPS = {"walker": "walker_updates", "base": "base_steps", "control": "control_s
 CHOICES = {"gate": ("soft", "gumbel", "forced"), "mixer": ("attention", "hawk"),
            "dtype": ("auto", "float32", "bfloat16"), "device": ("auto", "cpu", "cuda"),
            "compile": ("auto", "off", "inductor", "cudagraphs")}
-MAY_BE_ZERO = ("W", "layer", "splice", "shuffle", "lam", "eps", "alpha", "alpha_start",
+MAY_BE_ZERO = ("W", "layer", "splice", "shuffle", "join", "lam", "eps", "alpha", "alpha_start",
                "alpha_ramp", "read", "rank", "meta_rank", "warmup", "decay", "save_seconds", "seed",
                "threads", "thin", "forget", "keep", "base_wd", "control_wd", "meta_wd")
-SHARES = ("decay", "splice", "shuffle", "thin", "forget", "keep")
+SHARES = ("decay", "splice", "shuffle", "join", "thin", "forget", "keep")
 
 
 def world_of(cfg):

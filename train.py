@@ -179,7 +179,7 @@ def batches(run, purpose, size, clean, first, last, keep=.1):
 SYMMETRIES = 8  # of the square: quarter turns and reflections
 
 
-def view_of(batch, world, symmetric, splice, shuffle):
+def view_of(batch, world, symmetric, splice, shuffle, join=0.):
     """Another view of a batch's episodes, for the controllers to steer; None if no such help is
     asked for. NOT in paper; three helps (what each buys: docs/notes.md):
 
@@ -200,34 +200,49 @@ def view_of(batch, world, symmetric, splice, shuffle):
     and shuffled instead, its first three observations in exchanged colours:
         row   b b b b b b b b        step  0 1 2 3 4 5 6 7        mask  0 0 0 1 1 1 1 1
 
-    batch: obs (B, T+1, K), action and mask (B, T). Returns a dict of obs (B, T, K), action; row,
-    step (B, T): step t of view b is step step[b, t] of episode row[b, t]; and mask (B, T), the
-    steps to be scored. A view is as long as its episode.
+    join: in a share of the remaining views the past is a whole other demonstration, its arrival
+        included, and then the episode begins from its own beginning: no subgoal is cut, which would
+        leave open how much of it is done. The arrival itself is steered by the code of what comes
+        next, and not scored, as no action belongs to it.
+        row   5 5 5 5 b b b           step 0 1 2 3 0 1 2           mask 1 1 1 0 1 1 1
+
+    batch: obs (B, T+1, K), action and mask (B, T). Returns a dict of obs (B, T', K), action; row,
+    step (B, T'): step t of view b is step step[b, t] of episode row[b, t]; and mask (B, T'), the
+    steps to be scored. T' = T without join.
     """
-    if not (symmetric or splice or shuffle):
+    if not (symmetric or splice or shuffle or join):
         return None
     obs, mask, body = batch["obs"], batch["mask"], BODIES[world.body]
     length = mask.sum(1, keepdim=True)  # (B, 1)
     (B, T), device = mask.shape, mask.device
     draw = lambda: torch.rand(B, 1, device=device)
-    t, rows = torch.arange(T, device=device), torch.arange(B, device=device)[:, None]
+    rows = torch.arange(B, device=device)[:, None]
     shuffled = draw() < shuffle  # (B, 1)
     spliced = (draw() < splice) & ~shuffled
+    joined = (draw() < join) & ~shuffled & ~spliced
     # In pairs, so that the shares of several processes (parallel.py) hold both of each.
     other = (rows ^ 1).clamp(max=B - 1)  # (B, 1)
     others = length[other[:, 0]]  # (B, 1) its length
     cut = (draw() * length).long() * (shuffled | spliced)  # (B, 1) where the past ends
     cut = torch.where(spliced, torch.minimum(cut, others), cut)
-    past = t < cut  # (B, T)
-    row = torch.where(past & spliced, other, rows)
-    step = torch.where(past & spliced, others - cut + t, t)
+    begin = torch.where(joined, 0, cut)  # (B, 1) where the episode itself begins
+    cut = torch.where(joined, others + 1, cut)
+    ends = cut - begin + length  # (B, 1)
+    t = torch.arange(int(ends.max()), device=device)  # (T',)
+    past = t < cut  # (B, T')
+    foreign = past & (spliced | joined)
+    row = torch.where(foreign, other, rows)
+    step = torch.where(foreign, others + joined.long() - cut + t, t - cut + begin).clamp(0, T)
     colours = torch.rand(B, world.O, device=device).argsort(1)  # (B, O) a permutation each
     seen = obs[row, step]  # (B, T, K)
     exchanged = body.exchanged(world, colours, seen)
     seen = torch.where((past & shuffled)[..., None], exchanged, seen)
-    g = torch.randint(SYMMETRIES if symmetric else 1, (B, 1), device=device)[row, 0]  # (B, T)
+    g = torch.randint(SYMMETRIES if symmetric else 1, (B, 1), device=device)[row, 0]  # (B, T')
+    arrival = joined & (t == cut - 1)
+    row = torch.where(arrival, rows, row)
+    step = torch.where(arrival, 0, step).clamp(max=T - 1)
     seen, action = body.turned(world, g, seen, batch["action"][row, step])
-    scored = mask & ~(past & shuffled)
+    scored = (t < ends) & ~(past & shuffled) & ~arrival
     return {"obs": seen, "action": action, "row": row, "step": step, "mask": scored}
 
 
@@ -452,7 +467,7 @@ def control(run):
         test = tensors(run, data)
 
         def loss_of(step, batch):
-            view = view_of(batch, world, cfg.symmetric, cfg.splice, cfg.shuffle)
+            view = view_of(batch, world, cfg.symmetric, cfg.splice, cfg.shuffle, cfg.join)
             if view is None:
                 view = batch | {"obs": batch["obs"][:, :-1]}
             else:
@@ -513,7 +528,8 @@ def discover(run):
 
         def loss_of(step, batch):
             noise = torch.randn(*batch["mask"].shape, cfg.n_z, device=run.device)
-            view = view_of(batch, world, cfg.symmetric, cfg.splice, cfg.shuffle * grown(step))
+            view = view_of(batch, world, cfg.symmetric, cfg.splice, cfg.shuffle * grown(step),
+                           cfg.join)
             mine, mine_of_view = own(batch | {"noise": noise}), view and own(view)
             # Shares of the mean NLL and of the mean KL, which are over different steps.
             scored = part((view or batch)["mask"])

@@ -784,6 +784,27 @@ def test_a_view_is_the_end_of_another_episode_and_then_the_episode_in_turned_wor
     ).all()
 
 
+def test_a_joined_view_is_another_whole_demonstration_and_then_the_episode():
+    data = batch(200)
+    torch.manual_seed(0)
+    view = view_of(data, WORLD, symmetric=False, splice=0.0, shuffle=0.0, join=0.5)
+    length, joined = data["mask"].sum(1).tolist(), 0
+    for b in range(200):
+        other, n = b ^ 1, length[b]
+        row, step, obs, mask = (view[key][b] for key in ("row", "step", "obs", "mask"))
+        m = 0
+        if row[0] != b:  # the other's arrival is seen, steered by the code of what comes next
+            m = length[other] + 1
+            assert (row[: m - 1] == other).all() and step[:m].tolist() == [*range(m - 1), 0]
+            assert row[m - 1] == b and torch.equal(obs[:m], data["obs"][other, :m])
+        joined += m > 0
+        assert (row[m : m + n] == b).all() and step[m : m + n].tolist() == list(range(n))
+        assert torch.equal(obs[m : m + n], data["obs"][b, :n])
+        assert torch.equal(view["action"][b, m : m + n], data["action"][b, :n])
+        assert mask.tolist() == [t < m + n and t != m - 1 for t in range(len(mask))]
+    assert 80 < joined < 120
+
+
 def test_a_shuffled_past_is_the_episodes_own_in_exchanged_colours_and_is_not_scored():
     data = batch(200)
     torch.manual_seed(0)
