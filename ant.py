@@ -46,6 +46,7 @@ from tqdm import tqdm
 
 import parallel
 from analysis import transplant
+from config import Refused, world_of
 from envs import (
     PALETTE,
     WORLDS,
@@ -64,16 +65,7 @@ from envs import (
 )
 from internal_rl import clipped_loss
 from model import GaussianHead, gaussian_logp, linear
-from runs import (
-    EVAL_SEED,
-    Refused,
-    Training,
-    adamw,
-    digest,
-    seed_everything,
-    world_of,
-    write_atomically,
-)
+from runs import EVAL_SEED, Training, adamw, digest, seed_everything, write_atomically
 
 # ------------------------------------------------------------------------------- 1. the observation
 

@@ -26,13 +26,15 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import config
 import runs
 import train
 from ant import FRAME_SKIP, AntWorlds
 from envs import GridWorlds, World, generate, sample_layouts
+from grid import grid_parts
 from internal_rl import InternalEnvironment, Player, Policy, clipped_update, sequence_logp
 from metacontroller import Metacontroller, discovery_loss
-from model import SequenceModel, grid_parts, pretraining_loss
+from model import SequenceModel, pretraining_loss
 
 ANT = World(G=4, O=4, W=1, T=10 ** 9, task_set="singles", body="ant")
 GRID = World()
@@ -420,18 +422,18 @@ def grid(rounds, n=1024, steps=50):
 
 
 def main(argv=None):
-    parser = runs.Parser("bench.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = config.Parser("bench.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("what", choices=("stages", "growth", "peer", "worlds"))
-    parser.add_argument("--preset", choices=train.PRESETS, default="grid-small", help="for stages")
+    parser.add_argument("--preset", choices=config.PRESETS, default="grid-small", help="for stages")
     parser.add_argument("--rounds", type=int, default=7)
-    runs.add_options(parser)
+    config.add_options(parser)
     args = vars(parser.parse_args(argv))
     try:
-        cfg = runs.configured(args, train.PRESETS[args["preset"]])
+        cfg = config.configured(args, config.PRESETS[args["preset"]])
         if args["rounds"] < 1:
-            raise runs.Refused("--rounds must be at least 1")
-        runs.check(cfg, train.PRESETS[args["preset"]])
-    except runs.Refused as refusal:
+            raise config.Refused("--rounds must be at least 1")
+        config.check(cfg, config.PRESETS[args["preset"]])
+    except config.Refused as refusal:
         parser.error(str(refusal))
     run = train.Run(cfg, args["preset"], Path("runs") / args["preset"] / f"seed{cfg.seed}")
     runs.choose_device(run)

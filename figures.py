@@ -26,19 +26,11 @@ from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.ticker import MaxNLocator
 
 import train
+from config import Parser, Refused, world_of
 from envs import PALETTE
 from internal_rl import internal_episodes
 from metacontroller import BETA_THRESHOLD
-from runs import (
-    EVAL_SEED,
-    Parser,
-    Refused,
-    finished,
-    load_checkpoint,
-    read_log,
-    seed_everything,
-    world_of,
-)
+from runs import EVAL_SEED, finished, load_checkpoint, read_log, seed_everything
 
 METHODS = {"policy": "internal RL", "policy-forced": "forced switching",
            "policy-cotrain": "co-training", "raw": "raw-action RL"}

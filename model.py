@@ -2,7 +2,7 @@
 
 Bottom-up:
 
-  1. small parts     variance-scaled linear layers, likelihoods, heads, the look-up embedding
+  1. small parts     variance-scaled linear layers, likelihoods, the Gaussian head
   2. attention       causal, with a learned relative position bias (D.1.2)
   3. Hawk            the RG-LRU recurrence and its block (D.1.1): mixer of the internal RL policy,
                      of f_emb and, with mixer="hawk", of a base
@@ -75,50 +75,6 @@ class GaussianHead(nn.Module):
     def forward(self, x):
         mean = self.mean(x)
         return torch.cat([mean, self.log_std.to(mean.dtype).expand_as(mean)], dim=-1)
-
-
-class ObsEmbedding(nn.Module):
-    """One-hot observation (A.1.1) times a matrix, as a look-up and a sum: K rows, not C * K.
-
-    relative=False: one row for every thing and cell, as in the paper.
-    relative=True: one row for every thing and displacement from the agent, (K-1) x (2G-1)^2 of
-    them. NOT in paper for the grid: the ant's observation (A.2.1) gives things relative to the
-    ant. It tells nothing that the observation does not hold (and leaves out where the grid ends).
-    But "colour k is two cells to my left" is an AND of two one-hots for each of the C cells,
-    which a network trained for minutes does not learn.
-    """
-
-    def __init__(self, G, things, width, relative=False):
-        super().__init__()
-        self.G, self.relative = G, relative
-        self.kinds = things - 1 if relative else things
-        self.rows = (2 * G - 1) ** 2 if relative else G * G
-        # NOT in paper: scale 1 instead of 0.1. The K ones of an observation are a fixed, tiny
-        # share of its entries, so 0.1 / (C * K) would start the stream near zero. N(0, 1/K)
-        # gives e_0 unit variance.
-        self.bag = nn.EmbeddingBag(self.kinds * self.rows, width, mode="sum")
-        nn.init.normal_(self.bag.weight, std=things ** -.5)
-        self.bias = nn.Parameter(torch.zeros(width))
-        self.register_buffer("offset", torch.arange(self.kinds) * self.rows, persistent=False)
-
-    def forward(self, obs):
-        """obs (B, T, K) int64 -> e_0 (B, T, D)."""
-        B, T, _ = obs.shape
-        if self.relative:
-            row, column = obs // self.G, obs % self.G
-            dy = row[..., :-1] - row[..., -1:]  # (B, T, K-1), each in -(G-1) .. G-1
-            dx = column[..., :-1] - column[..., -1:]
-            obs = (dy + self.G - 1) * (2 * self.G - 1) + dx + self.G - 1
-        rows = (obs + self.offset).reshape(B * T, self.kinds)  # thing k, place c -> row k*rows + c
-        return self.bag(rows).view(B, T, -1) + self.bias  # (B*T, D) -> (B, T, D)
-
-
-def grid_parts(world, relative):
-    """The ends of a SequenceModel that belong to its world, functions of the width: embedding,
-    action head, observation head. ant.ant_parts are those of the ant."""
-    return (lambda width: ObsEmbedding(world.G, world.K, width, relative),
-            lambda width: linear(width, 4),
-            lambda width: linear(width, world.K * world.cells))
 
 
 # ----------------------------------------------------------------------------- 2. attention (D.1.2)

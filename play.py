@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 
 import train
+from config import Parser, Refused, world_of
 from envs import ACTIONS, ascii_grid
 from internal_rl import internal_episodes
 from metacontroller import BETA_THRESHOLD
-from runs import ASSETS, Parser, Refused, seed_everything, world_of
+from runs import ASSETS, seed_everything
 
 
 def episode(folder, task, seed):

@@ -12,8 +12,8 @@ A stage whose input is missing trains it first, or takes it from assets/ if it i
 `--rival forced`: beta = 1 from stage 2 on (C.4.1); `cotrain`: base and metacontroller together on
 the loss of stage 2 (C.4.2); `raw`: raw-action RL alone (C.5.3).
 
-Bottom-up: 1. presets   2. episodes and batches   3. views: what is steered   4. the grid's side
-5. what every stage uses   6. the stages   7. the command line
+Bottom-up: 1. episodes and batches   2. views: what is steered   3. what every stage uses
+4. the stages   5. the command line. What can be set, and the presets: config.py
 
 Glossary: as in envs.py, model.py, metacontroller.py and internal_rl.py, and
   batch   a dict of tensors: obs (B, T+1, K), action, subgoal, mask, switches (B, T); of a body
@@ -43,93 +43,39 @@ from analysis import (
     opened_at_arrivals,
     opened_by_subgoals,
 )
-from envs import draw_grid, exact_bounds, generate, symmetries
+from config import (
+    PRESETS,
+    Config,
+    Parser,
+    Refused,
+    add_options,
+    check,
+    configured,
+    world_of,
+)
+from grid import Grid
 from internal_rl import Policy, internal_episodes, internal_rl_step, play, raw_rl_step
 from metacontroller import BETA_THRESHOLD, Decoder, Metacontroller, discovery_loss
-from model import SequenceModel, grid_parts, pretraining_loss
+from model import SequenceModel, pretraining_loss
 from parallel import Lost, backward, join, own, part, rank, wait
 from runs import (
     EVAL_SEED,
-    Config,
     Interrupted,
-    Parser,
-    Refused,
     Run,
     Training,
     adamw,
-    add_options,
     autocast,
-    check,
     choose_device,
-    configured,
     finished,
     load_checkpoint,
     read_checkpoint,
     seed_everything,
     suffix,
     use_shipped,
-    world_of,
     write_atomically,
 )
 
-# --------------------------------------------------------------------------------------- 1. presets
-
-PRESETS = {
-    # Seconds. Every stage runs; nothing is learned well. The tests use it.
-    "smoke": Config(
-        G=3, O=3, W=0, T=12, task_set="tiny", width=32, layers=2, heads=2, hidden=64,
-        relative=True, lam=0.01, base_steps=150, base_batch=32, base_lr=3e-3,
-        layer=0, read=1, symmetric=True, splice=.5, shuffle=.5,
-        rank=4, control_steps=40, control_batch=32, control_lr=1e-2,
-        n_h=16, n_s=8, encoder_hidden=16, decoder_hidden=16, meta_rank=4, meta_steps=60,
-        meta_batch=32, meta_lr=3e-3, alpha_ramp=40, policy_width=32, rl_updates=10, rl_batch=64,
-        rl_lr=1e-3, std_lr=1e-3, raw_lr=1e-3, eval_episodes=200, evaluations=3, save_seconds=1.),
-    # A laptop. What differs from the paper, and why: docs/notes.md.
-    "grid-small": Config(
-        G=5, O=4, W=0, T=50, task_set="singles", post_task="0-1-2-3-0",
-        width=128, layers=4, heads=4, hidden=256, relative=True, lam=0., warmup=100, decay=.5,
-        base_steps=12_000, base_batch=64, base_lr=3e-3,
-        layer=0, read=2, symmetric=True, splice=1., shuffle=1.,
-        control_steps=2000, control_batch=128, control_lr=3e-3,
-        decoder_hidden=64, meta_steps=3000, meta_batch=128, meta_lr=1.5e-3, alpha=.1,
-        alpha_start=700, alpha_ramp=1000,
-        rl_updates=200, rl_batch=512, rl_lr=1e-3, std_lr=1e-2, raw_lr=3e-4, rl_epochs=2,
-        evaluations=10),
-    # The paper's own world, A.1 exactly, with a small network and control at mid-depth. Stage 1 is
-    # measured, and its base shipped; the later stages are a first guess, and do not work yet: with
-    # 5,000 steps C.3 solves .05 (docs/results.md).
-    "grid-pairs": Config(
-        width=128, layers=4, heads=4, hidden=256, relative=True, lam=0., warmup=100, decay=.5,
-        base_steps=40_000, base_batch=64, base_lr=3e-3,
-        layer=2, symmetric=True, control_steps=8000, control_batch=128, control_lr=3e-3,
-        decoder_hidden=64, meta_steps=9000, meta_batch=128, meta_lr=1.5e-3, alpha=.05,
-        alpha_start=4000, alpha_ramp=2000,
-        rl_updates=1000, rl_batch=512, rl_lr=1e-3, std_lr=1e-2, raw_lr=3e-4, rl_epochs=2),
-    # The paper's gridworld, sizes and rates: A.1, Tables A4, A7, A9, A13, A16. What remains
-    # different (initialisers, ramp of alpha, clipping, sorting by length) is marked NOT in paper.
-    "grid-paper": Config(),
-    # The ant on a laptop: chosen on seed 0, its gate on seeds 0 to 2.
-    "ant-small": Config(
-        body="ant", compass=True, G=4, O=4, W=1, T=500, task_set="singles",
-        demonstrations=16_000, mixer="hawk", width=96, layers=4, heads=4, hidden=256,
-        relative=True, lam=.2, warmup=100, decay=.5, thin=.92, turn=True,
-        base_steps=14_000, base_batch=32, base_lr=1e-2,
-        layer=0, symmetric=True, splice=1., shuffle=1.,
-        rank=0, control_steps=1500, control_batch=32, control_lr=3e-3,
-        n_h=64, switch_hidden=128, forget=.5, keep=.2, decoder_hidden=64, meta_rank=0,
-        meta_steps=4500, meta_batch=32, meta_lr=1.5e-3, alpha=.5, alpha_start=700,
-        alpha_ramp=1000, rl_updates=150, rl_batch=256, rl_lr=1e-3, std_lr=1e-2, raw_lr=3e-4,
-        rl_epochs=2, evaluations=6, eval_episodes=256),
-    # The paper's ant: A.2, Tables A5, A8, A10, A14. NOT in paper, which does not say how many
-    # demonstrations there are: 200,000, each seen about 500 times. Not tried at full length.
-    "ant-paper": Config(
-        body="ant", G=4, O=4, W=1, T=500, task_set="singles", demonstrations=200_000,
-        mixer="hawk", layers=8, heads=8, lam=10., base_steps=204_800, base_batch=512, layer=4,
-        rank=0, control_batch=256, control_lr=3e-4, meta_rank=0, meta_steps=32_000,
-        meta_batch=128, meta_lr=3e-4, rl_batch=256, rl_updates=51_200),
-}
-
-# -------------------------------------------------------------------------- 2. episodes and batches
+# -------------------------------------------------------------------------- 1. episodes and batches
 
 CHUNK = 32  # batches drawn at once: episodes of similar length share one, with little padding
 
@@ -174,7 +120,7 @@ def batches(run, purpose, size, clean, first, last, keep=.1):
                     yield step, batch
 
 
-# ------------------------------------------------------------------------ 3. views: what is steered
+# ------------------------------------------------------------------------ 2. views: what is steered
 
 SYMMETRIES = 8  # of the square: quarter turns and reflections
 
@@ -246,95 +192,10 @@ def view_of(batch, world, symmetric, splice, shuffle, join=0.):
     return {"obs": seen, "action": action, "row": row, "step": step, "mask": scored}
 
 
-# ------------------------------------------------------------------------------- 4. the grid's side
-
-class Grid:
-    """What the stages need to know of a body; ant.Ant is the other one."""
-    parts = staticmethod(grid_parts)  # embedding and heads of the base
-    checkpoints = ()  # of its expert
-    identity = {}  # how many codes and layouts code identity takes; {}: its defaults
-
-    @staticmethod
-    def expert(run):
-        """The frozen model that demonstrates, on which a base depends; None: no training."""
-
-    @staticmethod
-    def forget(folder):
-        """Delete what else the expert has left in a run's folder."""
-
-    @staticmethod
-    def check(cfg):
-        """Raise Refused if the body can't have this configuration."""
-
-    @staticmethod
-    def turned(world, g, obs, action):
-        """Steps seen and done in a turned world: g (B, T) which symmetry (0: as it is), obs
-        (B, T, K), action (B, T) -> the same shapes."""
-        tables = symmetries(world.G)
-        cells, actions = (torch.from_numpy(table).to(obs.device) for table in tables)
-        return cells[g[..., None], obs], actions[g, action]  # (8, C), (8, 4)
-
-    @staticmethod
-    def exchanged(world, colours, obs):
-        """The observations with colours exchanged: colours (B, O), for each whose place it takes;
-        obs (B, T, K), as is the result."""
-        order = torch.arange(obs.shape[-1], device=obs.device).repeat(len(obs), 1)  # (B, K)
-        order[:, :world.O] = colours
-        return obs.gather(-1, order[:, None].expand(obs.shape))  # (B, K) -> (B, T, K)
-
-    @staticmethod
-    def source(run, clean):
-        """`draw(rng, n) -> Trajectories`: n expert episodes to train on."""
-        eps = 0. if clean else run.cfg.eps
-        return lambda rng, n: generate(world_of(run.cfg), rng, n, eps)
-
-    @staticmethod
-    def examination(run, clean):
-        """A fixed set of expert episodes, Trajectories, and its exact bounds, nats per step."""
-        world, eps = world_of(run.cfg), 0. if clean else run.cfg.eps
-        data = generate(world, np.random.default_rng(EVAL_SEED), 1024, eps)
-        bayes, known, _ = exact_bounds(world, data, eps)
-        mask = data.mask()
-        return data, {"bayes": bayes[mask].mean(), "known": known[mask].mean()}
-
-    @staticmethod
-    def thin(batch, G, share):
-        """A batch of episodes cut down to steps that say most, and a share of the others; the
-        grid's are short, and --thin is refused for them."""
-        raise NotImplementedError
-
-    @staticmethod
-    def knows(run, base, data, obs, nll, bounds):
-        """How good a base is: a dict of metrics. data: Trajectories, obs (N, T, K) the same as a
-        tensor; nll and bounds: nats per action."""
-        return {**bounds, "gap_closed": (np.log(4) - nll) / (np.log(4) - bounds["bayes"])}
-
-    @staticmethod
-    def evaluated(run, base, meta, rng, n):
-        """More rows for `evaluate`, key -> (text, rate). meta: None, if it is not trained."""
-        return {}
-
-    @staticmethod
-    def decoded(data, logits):
-        """Lines of text: the first test episode, and the likeliest action under logits
-        (1, T, A)."""
-        T, arrows = int(data.length[0]), "^>v<"
-        return ("subgoal " + "".join(map(str, data.subgoal[0, :T])),
-                "expert  " + "".join(arrows[a] for a in data.action[0, :T]),
-                "model   " + "".join(arrows[a] for a in logits[0, :T].argmax(-1).tolist()))
-
-    @staticmethod
-    def picture(world, things, obs):
-        """things (O+W,), obs (K,) -> an RGB picture, and where on it, in pixels, the things lie:
-        (O+W, 2), x and y."""
-        picture = draw_grid(world, obs, 64)
-        return picture, np.stack([things % world.G, things // world.G], axis=1) * 64 + 32
-
-
 BODIES = {"point": Grid, "ant": ant.Ant}
 
 
-# ------------------------------------------------------------------------- 5. what every stage uses
+# ------------------------------------------------------------------------- 3. what every stage uses
 
 # Every stage is the same loop, runs.Training.go:
 #     for step, item in source:                 batches, or a random generator for each RL update
@@ -401,7 +262,7 @@ def new_metacontroller(run):
     return meta.to(run.device)
 
 
-# ------------------------------------------------------------------------------------ 6. the stages
+# ------------------------------------------------------------------------------------ 4. the stages
 
 def pretrain(run):
     """Stage 1 (C.1.2): the base model, frozen afterwards.
@@ -720,7 +581,7 @@ def evaluate(run):
         write_atomically(run.folder / f"eval{kind}.json", json.dumps(rates).encode())
 
 
-# ------------------------------------------------------------------------------ 7. the command line
+# ------------------------------------------------------------------------------ 5. the command line
 
 STAGES = {"expert": lambda run: BODIES[run.cfg.body].expert(run), "pretrain": pretrain,
           "control": control, "discover": discover, "rl": rl, "eval": evaluate}

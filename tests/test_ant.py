@@ -17,6 +17,7 @@ import torch
 from gymnasium.utils.env_checker import check_env
 
 import ant  # before mujoco: sets MUJOCO_GL
+import config
 import figures
 import runs
 import train
@@ -405,7 +406,7 @@ def test_legs_named_by_the_compass_are_the_same_ant():
         compass.step(renamed(MOTORS, k, action))
         assert np.array_equal(plain.ants.qpos, compass.ants.qpos)
     assert len(named) >= 3  # several names were in use
-    with pytest.raises(runs.Refused, match="compass"):
+    with pytest.raises(config.Refused, match="compass"):
         train.parse(["--preset", "smoke", "--compass", "True"])
 
 

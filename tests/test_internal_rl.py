@@ -9,6 +9,7 @@ import torch
 
 import internal_rl
 from envs import World, simulate
+from grid import grid_parts
 from internal_rl import (
     InternalEnvironment,
     Policy,
@@ -22,7 +23,7 @@ from internal_rl import (
     sequence_logp,
 )
 from metacontroller import Metacontroller
-from model import SequenceModel, grid_parts
+from model import SequenceModel
 
 WORLD = World(G=4, O=5, W=1, T=25, task_set="errands")
 

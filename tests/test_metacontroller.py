@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from envs import World, generate
+from grid import grid_parts
 from metacontroller import Decoder, Metacontroller, discovery_loss, kl_to_prior
-from model import SequenceModel, action_nll, grid_parts
+from model import SequenceModel, action_nll
 from train import view_of
 
 WORLD = World(G=4, O=5, W=1, T=30, task_set="errands")

@@ -8,6 +8,7 @@ import torch
 
 import train
 from envs import World, exact_bounds, generate, one_hot
+from grid import grid_parts
 from model import (
     RGLRU,
     BoundedSqrt,
@@ -15,7 +16,6 @@ from model import (
     RelativeBias,
     SequenceModel,
     action_nll,
-    grid_parts,
     obs_nll,
     pretraining_loss,
     relative_buckets,

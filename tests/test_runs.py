@@ -12,6 +12,7 @@ import pytest
 import torch
 from test_train import NAMES, ROOT, TINY, command, copied, edited, finished, refused
 
+import config
 import runs
 import train
 
@@ -25,7 +26,7 @@ def kept(path):
     """What is loaded from a file, or None if it is refused in one sentence."""
     try:
         return runs.load_checkpoint(path)
-    except runs.Refused as refusal:
+    except config.Refused as refusal:
         assert len(str(refusal).splitlines()) == 1 and path.name in str(refusal)
         return None
 
@@ -232,12 +233,12 @@ def test_absurd_numbers_are_refused(tmp_path, capsys):
 
 
 def test_every_preset_fits_into_a_machine_of_its_kind(monkeypatch):
-    monkeypatch.setattr(runs, "machine_memory", lambda: 16 * 2**30)
+    monkeypatch.setattr(config, "machine_memory", lambda: 16 * 2**30)
     for preset in train.PRESETS.values():
-        runs.check(preset, preset)
-    monkeypatch.setattr(runs, "machine_memory", lambda: 2**20)
-    with pytest.raises(runs.Refused, match="preset"):
-        runs.check(train.PRESETS["smoke"], train.PRESETS["smoke"])
+        config.check(preset, preset)
+    monkeypatch.setattr(config, "machine_memory", lambda: 2**20)
+    with pytest.raises(config.Refused, match="preset"):
+        config.check(train.PRESETS["smoke"], train.PRESETS["smoke"])
 
 
 @pytest.mark.parametrize(
@@ -400,8 +401,8 @@ def test_digests_tell_types_shapes_and_names_apart():
 
 
 def test_every_step_count_has_an_option():
-    cfg = runs.Config()
-    assert all(isinstance(getattr(cfg, field), int) for field in runs.STEPS.values())
-    assert set(runs.STEPS) == set(runs.DEPENDS)
-    groups = {f.metadata["group"] for f in runs.fields(runs.Config)}
-    assert groups == set(runs.GROUPS) and {g for x in runs.DEPENDS.values() for g in x} < groups
+    cfg = config.Config()
+    assert all(isinstance(getattr(cfg, field), int) for field in config.STEPS.values())
+    assert set(config.STEPS) == set(config.DEPENDS)
+    groups = {f.metadata["group"] for f in config.fields(config.Config)}
+    assert groups == set(config.GROUPS) and {g for x in config.DEPENDS.values() for g in x} < groups

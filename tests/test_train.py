@@ -16,6 +16,7 @@ import pytest
 import torch
 from test_metacontroller import WORLD, batch
 
+import config
 import runs
 import train
 from envs import generate, neighbour_table, symmetries
@@ -619,7 +620,7 @@ def test_batches_waste_little_on_padding_and_leave_nothing_out():
     run = train.Run(cfg, "grid-small", Path("unused"))
     masks = [batch["mask"] for _, batch in train.batches(run, "base", 32, False, 0, train.CHUNK)]
     assert np.mean([mask.float().mean() for mask in masks]) > 0.9
-    data = generate(runs.world_of(cfg), runs.seed_everything(0, "base", 0), train.CHUNK * 32)
+    data = generate(config.world_of(cfg), runs.seed_everything(0, "base", 0), train.CHUNK * 32)
     assert sum(int(mask.sum()) for mask in masks) == data.length.sum()
     assert os.path.exists("unused") is False
 
