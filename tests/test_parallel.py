@@ -55,7 +55,11 @@ def test_two_processes_learn_what_one_does(tmp_path, rival):
         for line, other in zip(numbers(one, name), numbers(two, name), strict=True):
             assert line.keys() == other.keys()
             for key in line:
-                assert line[key] == pytest.approx(other[key], abs=2e-3, rel=1e-2), (name, key)
+                same = line[key] == other[key]  # also where a list has a None
+                assert same or line[key] == pytest.approx(other[key], abs=2e-3, rel=1e-2), (
+                    name,
+                    key,
+                )
     if rival == "none":
         assert any(line["loss"] for line in numbers(one, "policy"))  # it did learn something
 
