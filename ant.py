@@ -9,7 +9,7 @@
   7. demonstrations    recorded once, as simulation is expensive
   8. ant_parts         embedding and heads of a base model
   9. right turns       does the base know which way the expert will leave a cell?
- 10. Ant               what train.py needs to know of this body: train.Grid is the grid's
+ 10. Ant               what train.py needs to know of this body: grid.Grid is the grid's
 
 Paper sections: A.2, C.1.1, C.4.4; Tables A2, A3, A5, A8, A10, A14.
 Glossary: as in envs.py, and N ants, F = 31 + 2 (O+W) numbers in an observation.
@@ -885,7 +885,7 @@ def right_turns(walker, world, data, action):
 # ------------------------------------------------------------------------------------------ 10. Ant
 
 class Ant:
-    """What the stages of train.py need to know of this body; train.Grid says what each is."""
+    """What the stages of train.py need to know of this body; grid.Grid says what each is."""
     parts = staticmethod(ant_parts)
     expert = staticmethod(expert)
     thin = staticmethod(thinned)
