@@ -3,7 +3,8 @@ Machines are noisy, so rivals take turns and medians are compared.
 
   stages   a step of every stage of a preset, as train.py takes it: seconds, what part of them is
            making the batch, share of the speed of the machine's own matrix products, episodes and
-           environment steps a second, peak memory; with --compile, eager and compiled
+           environment steps a second, peak memory; with --compile, eager and compiled; under
+           torchrun, process 0's steps, products and memory, and all processes' episodes
   growth   how a step of the base and of stage 2 grows with the length T and the batch B
   peer     against metacontroller-pytorch 0.3.3, if it is installed, on the same episodes
   worlds   ant: AntWorlds against the bare physics steps inside them, on the same threads, and
@@ -27,6 +28,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import config
+import parallel
 import runs
 import train
 from ant import FRAME_SKIP, AntWorlds
@@ -428,6 +430,9 @@ def main(argv=None):
     parser.add_argument("--rounds", type=int, default=7)
     config.add_options(parser)
     args = vars(parser.parse_args(argv))
+    parallel.join()
+    if parallel.rank():
+        sys.stdout = open(os.devnull, "w")
     try:
         cfg = config.configured(args, config.PRESETS[args["preset"]])
         if args["rounds"] < 1:
