@@ -229,3 +229,10 @@ def transplant(base, meta, world, rng, n, at):
         playing = data.length > at
         rates.append(float(success[playing].mean()) if playing.any() else 0.)
     return tuple(rates)
+
+
+if __name__ == "__main__":  # the experiments need train.py, which needs this file
+    import sys
+
+    from experiments import main
+    sys.exit(main())

@@ -305,7 +305,7 @@ class SequenceModel(nn.Module):
         self.obs_head = obs_head(width) if lam > 0 else None
         self.continuous = isinstance(self.action_head, GaussianHead)
 
-    def _run(self, first, last, x, caches, t):
+    def through(self, first, last, x, caches, t):
         """Blocks first+1 .. last on x (B, T, D); with `caches`, one for each of these blocks,
         step t alone."""
         if self.bias is None:
@@ -322,19 +322,19 @@ class SequenceModel(nn.Module):
         """o_1:T -> e_1:T,l. obs (B, T, K) int64, or (B, T, F) float of a body -> (B, T, D). With
         caches (from `init_cache`): step t alone, T = 1."""
         caches = None if caches is None else caches[:self.layer]
-        return self._run(0, self.layer, self.embed(obs), caches, t)
+        return self.through(0, self.layer, self.embed(obs), caches, t)
 
     def reading(self, e, caches=None, t=None):
         """The UNCONTROLLED stream at layer `read`, from e_1:T,l: (B, T, D) -> (B, T, D). With
         read = layer it is e itself. It needs caches of its own, one for each block from layer to
         read: the upper blocks' hold the controlled past."""
-        return self._run(self.layer, self.read, e, caches, t)
+        return self.through(self.layer, self.read, e, caches, t)
 
     def upper(self, e, caches=None, t=None):
         """e_1:T,l, controlled or not -> final residual stream, normalised, (B, T, D), which is
         what `action_head` and `obs_head` take."""
         caches = None if caches is None else caches[self.layer:]
-        return self.norm(self._run(self.layer, len(self.blocks), e, caches, t))
+        return self.norm(self.through(self.layer, len(self.blocks), e, caches, t))
 
     def action_logits(self, e, caches=None, t=None):
         """e (B, T, D) -> what describes p(a_t | o_1:t): logits (B, T, A), or mean and log std of

@@ -1,0 +1,71 @@
+"""The paper's analyses: cells are measured once, and an interrupted experiment goes on."""
+
+import pytest
+import torch
+
+import config
+import experiments
+import runs
+import train
+from envs import World
+from experiments import Probes, all_streams, unseen_legs
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    cfg = train.dataclasses.replace(
+        config.PRESETS["smoke"], base_steps=16, control_steps=3, eval_episodes=20, threads=1
+    )
+    one = runs.Run(cfg, "smoke", tmp_path_factory.mktemp("runs") / "seed0")
+    experiments.probe(one, steps=30)
+    experiments.layers(one)
+    return one
+
+
+def test_the_streams_are_the_models_own(run):
+    base = train.pretrain(run)
+    obs = train.tensors(run, train.BODIES["point"].examination(run, True)[0])["obs"][:9, :-1]
+    streams = all_streams(base, obs)
+    assert len(streams) == run.cfg.layers + 1
+    assert torch.equal(streams[base.layer], base.lower(obs))
+    assert torch.equal(base.norm(streams[-1]), base.upper(base.lower(obs)))
+
+
+def test_a_probe_reads_one_layer_alone(run):
+    torch.manual_seed(0)
+    probes, streams = Probes(2, 8, {"subgoal": 3}), [torch.randn(4, 5, 8) for _ in range(3)]
+    before = probes(streams)["subgoal"]
+    streams[1] = streams[1] + torch.randn(8)
+    after = probes(streams)["subgoal"]
+    assert [torch.equal(a, b) for a, b in zip(before, after)] == [True, False, True]
+
+
+def test_every_cell_is_measured_once_and_a_lost_one_again(run, capsys):
+    for what, count in (("probe", 4), ("layers", 9)):
+        rows = runs.read_log(run.folder, what)
+        assert len(rows) == count
+        path = run.folder / f"{what}.jsonl"
+        text = path.read_text()
+        path.write_text("\n".join(text.splitlines()[:-1]) + '\n{"cut')  # killed in the last cell
+        capsys.readouterr()
+        experiments.probe(run, steps=30) if what == "probe" else experiments.layers(run)
+        assert capsys.readouterr().out.count(f"{what}, cell") == 1
+        assert runs.read_log(run.folder, what) == rows  # bit for bit
+
+
+def test_probes_know_more_than_chance_and_less_than_everything(run):
+    for row in runs.read_log(run.folder, "probe"):
+        assert row["chance_subgoal"] < row["bayes_subgoal"] < 1
+        assert all(0.2 < x <= row["bayes_subgoal"] + 0.1 for x in row["subgoal"])
+
+
+def test_the_unseen_transitions_of_a1():
+    """01 -> 23 -> 45 -> 67 -> 01 -> 23: none of them is in Table A1, and none is inside a pair."""
+    assert unseen_legs(World()) == [False, False] + [True, False] * 5
+    singles = World(G=5, O=4, W=0, T=50, task_set="singles", post="0-1-2-3-0")
+    assert unseen_legs(singles) == [False, True, True, True, True]
+
+
+def test_the_ant_is_refused(capsys, tmp_path):
+    assert experiments.main(["probe", "--preset", "ant-small", "--out", str(tmp_path)]) == 2
+    assert "is for the grid so far" in capsys.readouterr().err
