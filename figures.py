@@ -6,11 +6,13 @@ pictures into figures/grid-small/.
                 (Fig. 8, A5)
   3. gate       gate against true subgoals in example episodes (Fig. 6, A3)
   4. film       a GIF of the agent at the post-training task, with its gate and its code
-  5. results    results.json: the numbers of every seed, from the runs' own logs, and the table of
+  5. probes     what every layer knows of the subgoal (Fig. 3); 6. layers   C.3 by layer (Fig. 4)
+  7. results    results.json: the numbers of every seed, from the runs' own logs, and the table of
                 docs/results.md
 
-Each is drawn from the .jsonl logs and .pt files of all seeds found; one whose data is missing is
-skipped, saying so. Nothing is trained.
+1 to 4 are drawn from the .jsonl logs and .pt files of all seeds found, 5 and 6 from results.json
+alone: without runs, from the one in assets/. What has no data is skipped, saying so. Nothing is
+trained.
 """
 import json
 import sys
@@ -30,7 +32,7 @@ from config import Parser, Refused, world_of
 from envs import PALETTE
 from internal_rl import internal_episodes
 from metacontroller import BETA_THRESHOLD
-from runs import EVAL_SEED, finished, load_checkpoint, read_log, seed_everything
+from runs import ASSETS, EVAL_SEED, finished, load_checkpoint, read_log, seed_everything
 
 METHODS = {"policy": "internal RL", "policy-forced": "forced switching",
            "policy-cotrain": "co-training", "raw": "raw-action RL"}
@@ -205,7 +207,79 @@ def film(path, body, world, data, n, env, end):
     print(f"wrote {path}")
 
 
-# --------------------------------------------------------------------------------------- 5. results
+# ------------------------------------------------------- 5. probes (Fig. 3), 6. layers (Fig. 4)
+
+def shades(n):
+    """n blues, light to dark: for what is ordered, such as lengths of training."""
+    return [plt.get_cmap("Blues")(.35 + .6 * k / max(n - 1, 1)) for k in range(n)]
+
+
+def by_layer(axis, rows, key, label):
+    """One line for each length of base training: the median over seeds of `key`, a list over
+    layers, and the quartiles. rows: of all seeds."""
+    steps = sorted({row["base_steps"] for row in rows})
+    for length, colour in zip(steps, shades(len(steps))):
+        values = np.array([row[key] for row in rows if row["base_steps"] == length])  # (seeds, L+1)
+        low, middle, high = np.quantile(values, (.25, .5, .75), axis=0)
+        axis.plot(range(len(middle)), middle, color=colour, marker="o", clip_on=False)
+        axis.fill_between(range(len(middle)), low, high, color=colour, alpha=.25, lw=0)
+        axis.annotate(f"{length:,}", (len(middle) - 1, middle[-1]), xytext=(6, 0), fontsize=8,
+                      textcoords="offset points", va="center", color=colour)
+    axis.set(xlabel="layer (0: the embedding)", ylabel=label, xticks=range(len(middle)))
+
+
+def draw_probes(seeds, to):
+    """C.2. Numbers at the lines' ends: optimiser steps of the base."""
+    rows = [row for seed in seeds for row in seed.get("probe", [])]
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
+    by_layer(axes[0], rows, "subgoal", "accuracy of a linear probe")
+    by_layer(axes[1], rows, "action", "accuracy of a linear probe")
+    chance, best = (np.median([row[key] for row in rows]) for key in ("chance_subgoal",
+                                                                      "bayes_subgoal"))
+    for height, text in ((chance, "chance"), (best, "Bayes posterior")):
+        axes[0].axhline(height, color="black", ls=":", lw=1)
+        axes[0].annotate(text, (0, height), fontsize=8, va="bottom")
+    count = sum(bool(seed.get("probe")) for seed in seeds)
+    axes[0].set_title(f"which subgoal is it in? ({count} seed{'s' * (count > 1)})")
+    axes[1].set_title("which action is next?")
+    figure.subplots_adjust(wspace=.45)
+    save(figure, to / "probes.png")
+
+
+def draw_layers(seeds, to):
+    """C.3. Left: success; right, the longest base: legs that demonstrations show, and others."""
+    rows = [row for seed in seeds for row in seed.get("layers", [])]
+    found = {}  # (seed, base_steps) -> its rows in the order of layers
+    for k, seed in enumerate(seeds):
+        for row in seed.get("layers", []):
+            found.setdefault((k, row["base_steps"]), []).append(row)
+    tables = []
+    for (_, steps), cells in found.items():
+        cells = sorted(cells, key=lambda row: row["layer"])
+        legs = np.array([[np.nan if x is None else x for x in row["success_by_leg"]]
+                         for row in cells])  # (L+1, legs)
+        unseen = np.array(cells[0]["unseen"])
+        tables.append({"base_steps": steps, "success": [row["success"] for row in cells],
+                       "seen": np.nanmean(legs[:, ~unseen], axis=1),
+                       "unseen": np.nanmean(legs[:, unseen], axis=1)})
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
+    by_layer(axes[0], tables, "success", "success, post-training task")
+    longest = max(row["base_steps"] for row in rows)
+    for name, colour in (("seen", COLOURS[2]), ("unseen", COLOURS[3])):
+        values = np.array([table[name] for table in tables if table["base_steps"] == longest])
+        middle = np.median(values, axis=0)
+        axes[1].plot(range(len(middle)), middle, color=colour, marker="o", clip_on=False)
+        axes[1].annotate(f"{name} legs", (len(middle) - 1, middle[-1]), xytext=(6, 0), fontsize=8,
+                         textcoords="offset points", va="center", color=colour)
+    axes[1].set(xlabel="layer (0: the embedding)", ylabel="success of a leg",
+                title=f"legs, base of {longest:,} steps")
+    count = sum(bool(seed.get("layers")) for seed in seeds)
+    axes[0].set(title=f"true-subgoal controllers ({count} seed{'s' * (count > 1)})", ylim=(0, 1))
+    figure.subplots_adjust(wspace=.45)
+    save(figure, to / "layers.png")
+
+
+# --------------------------------------------------------------------------------------- 7. results
 
 def seed_results(folder):
     """The numbers of one seed, for results.json. None where something has not been run.
@@ -214,10 +288,10 @@ def seed_results(folder):
     code_none: shares. code_identity: share of ln S. *_success: share of fresh episodes of the
     post-training task; rl_success_normalised: divided by the ant's expert's. nll: of the base, nats
     per action; right_turns*: see ant.right_turns. gate_*: see analysis.opened_at_arrivals.
-    kl_open, kl_shut: nats per step. *_episodes: episodes trained on. raw_unchanged: raw RL's
-    weights are still the base's, bit for bit: no episode was ever rewarded. minutes: the path of
-    `--stage rl`, rivals but raw excluded, demonstrations included and the walker not;
-    base_minutes: the part of the base.
+    probe, layers: lists of rows, see experiments.py. kl_open, kl_shut: nats per step. *_episodes:
+    episodes trained on. raw_unchanged: raw RL's weights are still the base's, bit for bit: no
+    episode was ever rewarded. minutes: the path of `--stage rl`, rivals but raw excluded,
+    demonstrations included and the walker not; base_minutes: the part of the base.
     """
     last = {name: (logs([folder], name) or [[{}]])[0][-1]
             for name in ("base", "control", "meta", "policy", "raw")}
@@ -255,6 +329,9 @@ def seed_results(folder):
         "cotrain_success": read("eval-cotrain.json").get("rl_success"),
         "blind_success": plain.get("blind_success"), "minutes": seconds / 60,
         "base_minutes": base.get("seconds", 0) / 60}
+    for what in ("probe", "layers"):
+        if (folder / f"{what}.jsonl").exists():
+            numbers[what] = read_log(folder, what)
     own = ("expert_success", "nll", "right_turns", "right_turns_bayes", "right_turns_blind",
            "switch_f1_5", "transplant_with", "transplant_without", "rl_success_normalised")
     skipped = ("bayes_gap_closed",) if "right_turns" in base else own
@@ -316,6 +393,7 @@ def write_results(folders, preset, to):
         else:
             rest = {key: x for key, x in new.items() if key not in RIVAL_KEYS or key not in old}
             known[new["seed"]] = old | rest | rivals
+        known[new["seed"]] |= {key: new[key] for key in ("probe", "layers") if key in new}
     seeds = [known[k] for k in sorted(known)]
     results[preset] = {"seeds": seeds}
     path.write_text(json.dumps(results, indent=1) + "\n")
@@ -337,7 +415,8 @@ def main(argv=None):
                         "for each preset, the pictures")
     args = parser.parse_args(argv)
     folders = sorted((Path(args.out) / args.preset).glob("seed*"))
-    if not folders:
+    shipped = json.loads((ASSETS / "results.json").read_text()).get(args.preset)
+    if not folders and not shipped:
         print(f"figures.py: nothing in {Path(args.out) / args.preset}; run train.py --preset "
               f"{args.preset} first", file=sys.stderr)
         return 2
@@ -345,7 +424,12 @@ def main(argv=None):
     pictures = to / args.preset
     pictures.mkdir(parents=True, exist_ok=True)
     try:
-        seeds = write_results(folders, args.preset, to)
+        seeds = write_results(folders, args.preset, to) if folders else shipped["seeds"]
+        for draw, what in ((draw_probes, "probe"), (draw_layers, "layers")):
+            if any(what in seed for seed in seeds):
+                draw(seeds, pictures)
+            else:
+                print(f"{draw.__name__}: nothing in results.json, skipped")
         for draw, name in ((draw_curves, "base"), (draw_gate, "meta"), (draw_film, "policy"),
                            (draw_success, "policy")):
             # Only finished checkpoints: an unfinished one would be trained on.

@@ -5,6 +5,7 @@ import torch
 
 import config
 import experiments
+import figures
 import runs
 import train
 from envs import World
@@ -69,3 +70,20 @@ def test_the_unseen_transitions_of_a1():
 def test_the_ant_is_refused(capsys, tmp_path):
     assert experiments.main(["probe", "--preset", "ant-small", "--out", str(tmp_path)]) == 2
     assert "is for the grid so far" in capsys.readouterr().err
+
+
+def test_the_figures_are_drawn_from_the_results_alone(run, tmp_path, monkeypatch):
+    out = run.folder.parent
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "smoke").symlink_to(out)
+    assert (
+        figures.main(["--preset", "smoke", "--out", str(tmp_path / "runs"), "--to", str(tmp_path)])
+        == 0
+    )
+    drawn = [tmp_path / "smoke" / f"{name}.png" for name in ("probes", "layers")]
+    assert all(path.exists() for path in drawn)
+    for path in drawn:
+        path.unlink()
+    monkeypatch.setattr(figures, "ASSETS", tmp_path)  # results.json, and no runs
+    line = ["--preset", "smoke", "--out", str(tmp_path / "none"), "--to", str(tmp_path)]
+    assert figures.main(line) == 0 and all(path.exists() for path in drawn)
