@@ -1,4 +1,5 @@
 """What is measured about a trained model. Nothing here trains a model; train.py prints and logs it.
+As a program, `python analysis.py WHAT`, it runs the paper's analyses: experiments.py.
 
   1. the gate         scores against true switches, what the KL pays, openings at arrivals
   2. true subgoals    controllers of the TRUE subgoals (C.3): their loss and their success

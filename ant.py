@@ -638,7 +638,7 @@ def expert(run):
     walker = Walker()  # on the CPU, as the physics
     optimizer = adamw(walker.parameters(), cfg.walker_lr, 0.)
     training = Training(run, "walker", walker, optimizer)
-    if not training.done and not parallel.rank():  # by one process: MuJoCo has threads of its own
+    if not training.done and not parallel.rank():  # by one process
         def learn(step, rng):
             optimizer.param_groups[0]["lr"] = cfg.walker_lr * (1 - step / cfg.walker_updates)
             return walker_step(walker, optimizer, rng)
@@ -773,7 +773,7 @@ class BodyEmbedding(nn.Module):
     """An observation (B, T, F) -> e_0 (B, T, D): a matrix times it, and times what it implies.
 
     NOT in paper, where a linear layer is all. Added, computed from the observation: how many cells
-    away every thing lies (a look-up, as in model.ObsEmbedding with relative=True); and, seen from
+    away every thing lies (a look-up, as in grid.ObsEmbedding with relative=True); and, seen from
     the torso as a walker feels it, the axes of the board, the velocity, the place in the cell.
     Nothing of it is new information. But torques depend on products of a direction on the board
     with the torso's orientation.
@@ -804,7 +804,7 @@ class BodyEmbedding(nn.Module):
 
 
 def ant_parts(world, relative):
-    """See model.grid_parts. NOT in paper: scale 1 instead of 0.1, so that e_0 has about unit
+    """See grid.grid_parts. NOT in paper: scale 1 instead of 0.1, so that e_0 has about unit
     variance."""
     size = senses(world)
     return (lambda width: BodyEmbedding(size, world.G, world.K, width) if relative

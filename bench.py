@@ -142,7 +142,7 @@ class Timed:
         speed = np.median(flops * np.array(sizes) / taking)  # FLOP/s
         batch = len(item["mask"]) if supervised else cfg.rl_batch
         if supervised:
-            shape = item["mask"].numel(), cfg.width, cfg.hidden
+            shape = item["mask"].numel() // parallel.count(), cfg.width, cfg.hidden
             own = f"{speed / product_rate(run, *shape):.0%} at the model's own shape"
         else:
             own = f"{happened['raw_steps'] / seconds:,.0f} environment steps/s"
@@ -156,6 +156,7 @@ def stages(run, rounds):
     """Every stage of a preset, eager and, if that is asked for, compiled."""
     for compiler in dict.fromkeys(("off", run.compiler)):
         with tempfile.TemporaryDirectory() as folder:
+            folder = parallel.agreed(folder)
             one = dataclasses.replace(run, folder=Path(folder), compiler=compiler, kept={})
             runs.use_shipped(one, "walker")
             timed = Timed(one, rounds, "eager   " if compiler == "off" else compiler)

@@ -35,7 +35,7 @@ def option(default, group, text, body=""):
 @dataclass
 class Config:
     """Everything that can be set. The defaults are the paper's grid (Tables A4, A7, A9, A13, A16)
-    where the paper gives a value; alpha_ramp, rl_clip, buckets and what is the ant's are ours.
+    where the paper gives a value; alpha_ramp, rl_clip and what is the ant's are ours.
     """
     G: int = option(7, "world", "side of the grid")
     O: int = option(8, "world", "number of colours")
@@ -262,7 +262,8 @@ def check(cfg, preset):
         raise Refused(f"--buckets {cfg.buckets} must be between 2 and 128")
     pairs = 2 * parallel.count()  # a view's two episodes stay together
     for name in ("base_batch", "thin_batch", "control_batch", "meta_batch", "rl_batch"):
-        if parallel.count() > 1 and getattr(cfg, name) % pairs:
+        used = name != "thin_batch" or cfg.thin
+        if parallel.count() > 1 and used and getattr(cfg, name) % pairs:
             raise Refused(f"--{name} {getattr(cfg, name)} can't be shared by {parallel.count()} "
                           f"processes: it must be a multiple of {pairs}")
     for name in ("layer", "read"):

@@ -3,7 +3,7 @@
   probe    C.2, Fig. 3: is the current subgoal linearly readable from e_t,l? For every layer and
            four lengths of base training, beside what could be known (the exact Bayes posterior)
   layers   C.3, Fig. 4: controllers of true subgoals at every layer, for three lengths; --layers 6
-           or 8 for another depth
+           or 8 for another depth, with an --out of its own
 
 Each is a table of cells; a cell is a line of runs/<preset>/seed<k>/<WHAT>.jsonl. What is there is
 not measured again, so an interrupted experiment goes on at the cell that it was in, and within it
@@ -14,6 +14,7 @@ Glossary: as in train.py.
 """
 import dataclasses
 import itertools
+import os
 import sys
 from pathlib import Path
 
@@ -93,9 +94,9 @@ def all_streams(base, obs):
 def probe(run, steps=2000, batch=128, lr=3e-3):
     """C.2: accuracy of linear probes of the subgoal and, for contrast, of the next action.
 
-    Rows: base_steps; subgoal and action (a list over layers 0 .. L), and their ceilings: the
-    accuracy of the Bayes posterior, and of its action; chance. NOT in paper: 2,000 steps x 128 at
-    3e-3 (Table A6: 8,000 x 512 at 1e-3).
+    Rows: base_steps; subgoal and action (a list over layers 0 .. L); bayes_subgoal, the accuracy of
+    the exact posterior, which no probe can beat, and chance_subgoal. NOT in paper: 2,000 steps x
+    128 at 3e-3 (Table A6: 8,000 x 512 at 1e-3).
     """
     world = config.world_of(run.cfg)
 
@@ -177,6 +178,8 @@ def main(argv=None):
     try:
         cfg = config.configured(args, preset)
         config.check(cfg, preset)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise config.Refused("the analyses are for one process")
         if cfg.body != "point":
             raise config.Refused(f"{args['what']} is for the grid so far")
         folder = Path(args["out"]) / args["preset"] / f"seed{cfg.seed}"

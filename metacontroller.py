@@ -192,7 +192,7 @@ class Metacontroller(nn.Module):
         return torch.stack(codes, dim=1), torch.stack(betas, dim=1)
 
     def forward(self, e, length, noise):
-        """e (B, T', D), length (B,) <= T', noise (B, T, n_z) from N(0, I), T <= T' -> z, beta, mu,
+        """e (B, T1, D), length (B,) <= T1, noise (B, T, n_z) from N(0, I), T <= T1 -> z, beta, mu,
         logvar, each for T steps. Causal except through s, which summarises e_1 .. e_length."""
         mu, logvar, switch_input = (x[:, :noise.shape[1]] for x in self.encode(e, length))
         proposal = mu + noise * (logvar / 2).exp()  # Eq. 14, reparameterised

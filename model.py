@@ -8,7 +8,7 @@ Bottom-up:
                      of f_emb and, with mixer="hawk", of a base
   4. Block           pre-norm mixer + MLP, each added to the residual stream
   5. SequenceModel   embed -> blocks -> heads; `lower(obs)` ends and `upper(e)` begins at layer l
-  6. the loss        Eq. 5
+  6. the loss        Eq. 5; and sampling an action
 
 Every sequence part runs in two ways that tests hold equal: a whole sequence at once (training), or
 one step at a time with a cache (acting). A cache is a plain dict of tensors whose first dimension
@@ -286,7 +286,7 @@ MIXERS = {"attention": Attention, "hawk": Hawk}
 class SequenceModel(nn.Module):
     """f_theta of the paper. `layer` is l: blocks 1..l are `lower`, l+1..L are `upper`.
 
-    parts: see grid_parts; the observation head exists only if lam > 0. read >= layer: where
+    parts: see grid.grid_parts; the observation head exists only if lam > 0. read >= layer: where
     metacontroller and policy read; NOT in paper, where they read the layer that they write.
     """
 

@@ -1,15 +1,19 @@
 """More than one process: `torchrun --standalone --nproc_per_node=N train.py ...`.
 
-Every process makes the whole batch, from the same random numbers, and answers for a share of its
-rows. The gradients are summed by one all-reduce a step, so that N processes learn what one would,
-up to rounding, and a training begun with N goes on with any other number. Process 0 alone
-evaluates, prints and writes. In a plain `python train.py` there is one process, whose share is
-everything, and nothing here communicates.
+In the supervised stages every process makes the whole batch, from the same random numbers, and
+answers for a share of its rows; in RL it draws the numbers of all episodes, and plays its share.
+The gradients are summed by one all-reduce a step, so that N processes learn what one would, up to
+rounding (with --gate gumbel or --forget: in distribution, see own_luck), and a training begun with
+N goes on with any other number. Process 0 alone evaluates, prints and writes. In a plain
+`python train.py` there is one process, whose share is everything, and nothing here communicates.
 
 What this costs: making the batch is not shared (the grid's demonstrations are below 5% of a step;
-the ant's are read from disk), nor are evaluations. RL gathers three numbers per episode besides,
-once an update, for the advantage over all of them.
+the ant's are read from disk), nor are evaluations, nor the ant's walker and demonstrations. RL
+gathers two or three numbers per episode besides, once an update, for the advantage over all of
+them. After Ctrl-C torchrun gives half a minute for the step under way and the checkpoint. Only gloo
+has been run; a lost process under nccl may show as torchrun's own message only.
 """
+import contextlib
 import datetime
 import os
 import signal
@@ -56,6 +60,12 @@ def own(batch):
     return rows
 
 
+def own_luck():
+    """What a model draws by itself, for its own rows only, must not be the same for every share."""
+    if count() > 1:
+        torch.manual_seed(torch.initial_seed() + rank())
+
+
 def part(mask):
     """How much of a mean over `mask`, which covers the whole batch, is made by one's share."""
     return mask[share(len(mask))].sum() / mask.sum()
@@ -83,9 +93,18 @@ class Rows:
 
 def all_reduce(x):
     """Sum x, in place, over the processes."""
-    try:
+    with lost():
         dist.all_reduce(x)
-    except RuntimeError as error:  # of gloo or nccl; anything else passes
+
+
+@contextlib.contextmanager
+def lost():
+    """Errors of gloo and nccl mean that a partner is gone."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
         raise Lost from error
 
 
@@ -119,7 +138,8 @@ def agreed(value):
     if count() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box)
+    with lost():
+        dist.broadcast_object_list(box)
     return box[0]
 
 

@@ -6,9 +6,9 @@
 
 How a resumed run can equal an uninterrupted one, bit for bit: nothing random depends on the past.
 Before step k of a stage, torch's generator is seeded with (seed, stage, k), and NumPy's, which
-draws episodes, likewise before every chunk of steps; so a checkpoint needs model, optimiser and
-step, and no generator states. It holds on the same CPU with the same number of threads; CUDA's own
-kernels are not all deterministic.
+draws episodes and, in RL, actions and codes, before every chunk of steps or update of RL; so a
+checkpoint needs model, optimiser and step, and no generator states. It holds on the same CPU with
+the same number of threads and processes; CUDA's own kernels are not all deterministic.
 
 Files: runs/<preset>/seed<k>/*.pt and, for each, a .jsonl of metrics. Keys of every line: step,
 seconds (spent so far); the others are named in train.py, where they are reported.
@@ -369,6 +369,9 @@ def choose_device(run):
     cuda = torch.cuda.is_available()
     run.device = torch.device(("cuda" if cuda else "cpu") if cfg.device == "auto" else cfg.device)
     if run.device.type == "cuda":
+        if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
+            raise Refused(f"{os.environ['LOCAL_WORLD_SIZE']} processes need as many GPUs, and "
+                          f"there are {torch.cuda.device_count()}")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     reason = ("asked for" if cfg.device != "auto" else "CUDA found" if cuda else "no CUDA found")
     print(f"device {run.device} ({reason}), {parallel.count()} x {torch.get_num_threads()} CPU "

@@ -21,6 +21,7 @@ Glossary: as in envs.py, model.py, metacontroller.py and internal_rl.py, and
   view    another view of a batch's episodes, which is steered in their place, see `view_of`
   body    a point or the ant; BODIES says what the stages need to know of one
 """
+import contextlib
 import copy
 import dataclasses
 import json
@@ -57,7 +58,7 @@ from grid import Grid
 from internal_rl import Policy, internal_episodes, internal_rl_step, play, raw_rl_step
 from metacontroller import BETA_THRESHOLD, Decoder, Metacontroller, discovery_loss
 from model import SequenceModel, pretraining_loss
-from parallel import Lost, backward, join, own, part, rank, wait
+from parallel import Lost, backward, count, join, own, own_luck, part, rank, wait
 from runs import (
     EVAL_SEED,
     Interrupted,
@@ -127,7 +128,7 @@ SYMMETRIES = 8  # of the square: quarter turns and reflections
 
 def view_of(batch, world, symmetric, splice, shuffle, join=0.):
     """Another view of a batch's episodes, for the controllers to steer; None if no such help is
-    asked for. NOT in paper; three helps (what each buys: docs/notes.md):
+    asked for. NOT in paper; four helps (what each buys: docs/notes.md):
 
     symmetric: each view is turned or reflected its own way, a spliced past as the episode that it
         comes from. A code that says "up" or "into that corner" becomes worthless, one that says "to
@@ -136,8 +137,8 @@ def view_of(batch, world, symmetric, splice, shuffle, join=0.):
         past, up to a random step, is made useless or wrong, so that the code has to overrule what
         the base knows from it. Any colour then follows any other, also where pretraining never
         shows it.
-        splice: the past is the end of another episode, its neighbour in the batch, steered by
-        that episode's codes.
+        splice: the past is the end of another episode, its neighbour in the batch (which is
+        sorted by length, so that the two are alike), steered by that episode's codes.
         shuffle: the past is the episode's own, its colours exchanged at random. It is not scored,
         as no code tells of exchanged colours.
 
@@ -149,12 +150,13 @@ def view_of(batch, world, symmetric, splice, shuffle, join=0.):
     join: in a share of the remaining views the past is a whole other demonstration, its arrival
         included, and then the episode begins from its own beginning: no subgoal is cut, which would
         leave open how much of it is done. The arrival itself is steered by the code of what comes
-        next, and not scored, as no action belongs to it.
-        row   5 5 5 5 b b b           step 0 1 2 3 0 1 2           mask 1 1 1 0 1 1 1
+        next, and not scored, as no action belongs to it. Episode 5, of 3 steps, and then b; the
+        fourth observation is the arrival, o_4 of episode 5:
+        row   5 5 5 b b b b           step 0 1 2 0 0 1 2           mask 1 1 1 0 1 1 1
 
     batch: obs (B, T+1, K), action and mask (B, T). Returns a dict of obs (B, T', K), action; row,
-    step (B, T'): step t of view b is step step[b, t] of episode row[b, t]; and mask (B, T'), the
-    steps to be scored. T' = T without join.
+    step (B, T'): step t of view b is step step[b, t] of episode row[b, t] (at an arrival: is
+    steered by that step's code); and mask (B, T'), the steps to be scored. T' = T without join.
     """
     if not (symmetric or splice or shuffle or join):
         return None
@@ -332,7 +334,7 @@ def control(run):
             if view is None:
                 view = batch | {"obs": batch["obs"][:, :-1]}
             else:
-                view["subgoal"] = batch["subgoal"][view["row"], view["step"]]  # (B, T)
+                view["subgoal"] = batch["subgoal"][view["row"], view["step"]]  # (B, T')
             mine = own(view)
             return part(view["mask"]) * control_loss(
                 base, decoder, mine["obs"], mine["action"], mine["subgoal"], mine["mask"])
@@ -388,13 +390,16 @@ def discover(run):
             return min(1., max(0, step + 1 - cfg.alpha_start) / max(cfg.alpha_ramp, 1))
 
         def loss_of(step, batch):
+            # `batches` has just seeded torch for this step.
             noise = torch.randn(*batch["mask"].shape, cfg.n_z, device=run.device)
             view = view_of(batch, world, cfg.symmetric, cfg.splice, cfg.shuffle * grown(step),
                            cfg.join)
             mine, mine_of_view = own(batch | {"noise": noise}), view and own(view)
-            # Shares of the mean NLL and of the mean KL, which are over different steps.
+            # Wanted: this process's part of the mean NLL, over the view's steps, plus alpha times
+            # its part of the mean KL, over the episodes' steps.
             scored = part((view or batch)["mask"])
             alpha = cfg.alpha * grown(step) * part(batch["mask"]) / scored
+            own_luck()
             return scored * discovery_loss(
                 base, meta.train(), mine["obs"], mine["action"], mine["mask"], mine["noise"],
                 alpha, mine_of_view)[0]
@@ -577,8 +582,7 @@ def evaluate(run):
             print("also measured")
         print(f"  {rows[key][0]:{width}}  {rows[key][1]:.4f}")
     rates = {key: float(rate) for key, (_, rate) in rows.items()}
-    if not rank():
-        write_atomically(run.folder / f"eval{kind}.json", json.dumps(rates).encode())
+    write_atomically(run.folder / f"eval{kind}.json", json.dumps(rates).encode())
 
 
 # ------------------------------------------------------------------------------ 5. the command line
@@ -604,14 +608,18 @@ def open_run(folder, name):
     return Run(cfg, saved["preset"], folder, extend=False)
 
 
-def parse(argv):
+def parse(argv, complaints=sys.stderr):
     """Command line -> (Run, stage, rival, names of the checkpoints to delete first). Exits with
-    code 2, in one sentence, on anything that can't work."""
+    code 2, in one sentence, on anything that can't work.
+
+    run.names: what this stage and rival read or write; own: what they may write.
+    """
     parser = Parser("train.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--stage", choices=STAGES, default="rl")
     parser.add_argument("--preset", choices=PRESETS, default="grid-small",
-                        help="smoke: seconds; grid-small, ant-small: a laptop; grid-paper, "
-                        "ant-paper: the paper's sizes, one GPU [grid-small]")
+                        help="smoke: seconds; grid-small, ant-small: a laptop; grid-pairs: the "
+                        "paper's grid, a small network, not finished; grid-paper, ant-paper: the "
+                        "paper's sizes, one GPU [grid-small]")
     parser.add_argument("--rival", choices=RIVALS, default="none",
                         help="raw: raw-action RL alone; forced: beta = 1 from stage 2 on; "
                         "cotrain: base and metacontroller trained together")
@@ -619,7 +627,8 @@ def parse(argv):
     parser.add_argument("--fresh", action="store_true", help="first delete the checkpoints of the "
                         "stage and of its inputs; with --rival, only the rival's own")
     add_options(parser)
-    args = vars(parser.parse_args(argv))
+    with contextlib.redirect_stderr(complaints):
+        args = vars(parser.parse_args(argv))
     preset = PRESETS[args["preset"]]
     cfg, stage, rival = configured(args, preset), args["stage"], args["rival"]
     if cfg.gate == "forced" or cfg.joint:
@@ -634,6 +643,8 @@ def parse(argv):
     alone = rival == "raw" and stage not in ("rl", "eval")
     if alone or rival != "none" and stage in ("expert", "pretrain", "control"):
         raise Refused(f"--rival {rival} has no --stage {stage} of its own")
+    if stage == "eval" and count() > 1:
+        raise Refused("--stage eval is for one process: it trains nothing that could be shared")
     if args["fresh"] and stage == "eval":
         raise Refused("--fresh does not go with --stage eval, which trains nothing")
     run = Run(cfg, args["preset"], Path(args["out"]) / args["preset"] / f"seed{cfg.seed}",
@@ -678,10 +689,11 @@ def prepare(run, preset, stage, stale):
 
 def main(argv=None):
     join()
-    if rank():  # process 0 speaks for all
-        sys.stdout = sys.stderr = open(os.devnull, "w")
+    complaints = sys.stderr
+    if rank():  # process 0 speaks for all; what is not foreseen still has its traceback
+        sys.stdout = complaints = open(os.devnull, "w")
     try:
-        run, stage, rival, stale = parse(argv)
+        run, stage, rival, stale = parse(argv, complaints)
         if not rank():
             prepare(run, PRESETS[run.preset], stage, stale)
         wait()
@@ -694,17 +706,17 @@ def main(argv=None):
             STAGES[stage](run)
         if stage == "rl" and rival == "none":
             raw(run)
-        if stage == "rl":
+        if stage == "rl" and not rank():
             evaluate(run)
     except Refused as refusal:
-        print(f"train.py: {refusal}", file=sys.stderr)
+        print(f"train.py: {refusal}", file=complaints)
         return 2
     except Lost:
         print("train.py: another process has ended; the same command, without --fresh, goes on "
-              "from the last checkpoint", file=sys.stderr)
+              "from the last checkpoint", file=complaints)
         return 1
     except (FloatingPointError, OSError) as error:  # a diverged loss; a full disk
-        print(f"train.py: {error}", file=sys.stderr)
+        print(f"train.py: {error}", file=complaints)
         return 1
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and (
@@ -713,12 +725,12 @@ def main(argv=None):
         print(f"train.py: out of memory: smaller batches (--base_batch, --control_batch, "
               f"--meta_batch {run.cfg.meta_batch}) or fewer episodes at once (--rl_batch "
               f"{run.cfg.rl_batch}, --eval_episodes {run.cfg.eval_episodes}) need less",
-              file=sys.stderr)
+              file=complaints)
         return 1
     except (KeyboardInterrupt, Interrupted) as stop:
         number, saved = stop.args if stop.args else (signal.SIGINT, "interrupted")
         print(f"\ntrain.py: {saved}; the same command, without --fresh, goes on from the last "
-              f"checkpoint", file=sys.stderr)
+              f"checkpoint", file=complaints)
         return 128 + number
     return 0
 

@@ -299,11 +299,11 @@ def test_the_metacontroller_reads_the_uncontrolled_layer_read_and_writes_the_con
     )
     _, out = loss_of(base, meta, data)
     e = base.embed(data["obs"])
-    two_blocks = base._run(0, 2, e, None, None)
+    two_blocks = base.through(0, 2, e, None, None)
     z, _, _, _ = meta(two_blocks, data["mask"].sum(1) + 1, torch.zeros(*data["action"].shape, 3))
     assert torch.equal(z, out["z"])
     nll = action_nll(
-        base.action_head(base.norm(base._run(0, 3, meta.decoder(e[:, :-1], z), None, None))),
+        base.action_head(base.norm(base.through(0, 3, meta.decoder(e[:, :-1], z), None, None))),
         data["action"],
     )
     assert torch.allclose(out["nll"], nll[data["mask"]].mean())
