@@ -111,7 +111,7 @@ class Timed:
         self.run, self.rounds, self.label = run, rounds, label
         self.peak, self.seen = product_rate(run, 1024, 1024, 1024), set()
 
-    def __call__(self, training, source, learn, report):
+    def __call__(self, training, source, learn, report, start=None):
         if training.name in self.seen:  # a stage below the one that is measured
             return
         self.seen.add(training.name)

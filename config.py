@@ -6,6 +6,7 @@
   4. command line   every field as an option
 
 Paper sections: Tables A4, A5, A7 to A10, A13, A14, A16: the defaults are the paper's grid.
+Glossary: the fields' own help texts; DEPENDS says which of them make another checkpoint.
 """
 import argparse
 import dataclasses

@@ -10,9 +10,9 @@ pictures into figures/grid-small/.
   7. results    results.json: the numbers of every seed, from the runs' own logs, and the table of
                 docs/results.md
 
-1 to 4 are drawn from the .jsonl logs and .pt files of all seeds found, 5 and 6 from results.json
-alone: without runs, from the one in assets/. What has no data is skipped, saying so. Nothing is
-trained.
+1, 3 and 4 are drawn from the .jsonl logs and .pt files of all seeds found; 2, 5 and 6 from
+results.json alone: without runs, from the one in assets/. What has no data is skipped, saying so.
+Nothing is trained.
 """
 import json
 import sys
@@ -36,6 +36,8 @@ from runs import ASSETS, EVAL_SEED, finished, load_checkpoint, read_log, seed_ev
 
 METHODS = {"policy": "internal RL", "policy-forced": "forced switching",
            "policy-cotrain": "co-training", "raw": "raw-action RL"}
+CURVES = {"policy": "rl_curve", "policy-forced": "forced_curve",
+          "policy-cotrain": "cotrain_curve", "raw": "raw_curve"}
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00")  # told apart by colour-blind readers, too
 
 
@@ -85,22 +87,21 @@ def seeds_of(seeds):
 
 # -------------------------------------------------------------------------- 2. success (Fig. 8, A5)
 
-def draw_success(folders, to, seeds):
-    """seeds: this preset's entry of results.json, which knows more seeds than there are logs."""
+def draw_success(seeds, to):
+    """Fig. 8, A5. seeds: this preset's entry of results.json; older ones have no curves."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), width_ratios=(1, 1, .9))
     ends = []
     for (name, label), colour in zip(METHODS.items(), COLOURS):
-        runs = logs(folders, name)
-        if not runs:
+        curves = [dict(seed[CURVES[name]]) for seed in seeds if seed.get(CURVES[name])]
+        if not curves:
             continue
-        curves = [{line["episodes"]: line["eval_success"] for line in log} for log in runs]
         episodes = sorted(set.intersection(*map(set, curves)))  # where every seed was evaluated
         success = np.array([[curve[n] for n in episodes] for curve in curves])  # (seeds, points)
         low, middle, high = np.quantile(success, (.25, .5, .75), axis=0)
         for axis in axes[:2]:
             axis.plot(episodes, middle, color=colour, marker=".", clip_on=False)
             axis.fill_between(episodes, low, high, color=colour, alpha=.25, lw=0)
-        ends.append((middle[-1], f"{label}\n({seeds_of(runs)})", colour))
+        ends.append((middle[-1], f"{label}\n({seeds_of(curves)})", colour))
     height = -1.
     for y, text, colour in sorted(ends):  # at the curves' ends, and none on another
         height = max(y, height + .12)
@@ -288,10 +289,11 @@ def seed_results(folder):
     code_none: shares. code_identity: share of ln S. *_success: share of fresh episodes of the
     post-training task; rl_success_normalised: divided by the ant's expert's. nll: of the base, nats
     per action; right_turns*: see ant.right_turns. gate_*: see analysis.opened_at_arrivals.
-    probe, layers: lists of rows, see experiments.py. kl_open, kl_shut: nats per step. *_episodes:
-    episodes trained on. raw_unchanged: raw RL's weights are still the base's, bit for bit: no
-    episode was ever rewarded. minutes: the path of `--stage rl`, rivals but raw excluded,
-    demonstrations included and the walker not; base_minutes: the part of the base.
+    *_curve: lists of [episodes, success]. probe, layers: lists of rows, see experiments.py.
+    kl_open, kl_shut: nats per step. *_episodes: episodes trained on. raw_unchanged: raw RL's
+    weights are still the base's, bit for bit: no episode was ever rewarded. minutes: the path of
+    `--stage rl`, rivals but raw excluded, demonstrations included and the walker not;
+    base_minutes: the part of the base.
     """
     last = {name: (logs([folder], name) or [[{}]])[0][-1]
             for name in ("base", "control", "meta", "policy", "raw")}
@@ -329,6 +331,10 @@ def seed_results(folder):
         "cotrain_success": read("eval-cotrain.json").get("rl_success"),
         "blind_success": plain.get("blind_success"), "minutes": seconds / 60,
         "base_minutes": base.get("seconds", 0) / 60}
+    for name, key in CURVES.items():
+        if ready(folder, name):
+            numbers[key] = [[line["episodes"], line["eval_success"]]
+                            for line in read_log(folder, name)]
     for what in ("probe", "layers"):
         if (folder / f"{what}.jsonl").exists():
             numbers[what] = read_log(folder, what)
@@ -338,7 +344,8 @@ def seed_results(folder):
     return {key: value for key, value in numbers.items() if key not in skipped}
 
 
-RIVAL_KEYS = ("forced_success", "cotrain_success")  # evaluated by themselves, see train.evaluate
+# Of rivals, evaluated by themselves, see train.evaluate.
+RIVAL_KEYS = ("forced_success", "cotrain_success", "forced_curve", "cotrain_curve")
 ROWS = {
     "bayes_gap_closed": ("base: share of the gap to Bayes closed", "{:.1%}"),
     "nll": ("base: NLL, nats per action", "{:.2f}"),
@@ -387,7 +394,7 @@ def write_results(folders, preset, to):
     for folder in folders:
         new = seed_results(folder)
         old = known.get(new["seed"], {})
-        rivals = {key: new[key] for key in RIVAL_KEYS if new[key] is not None}
+        rivals = {key: new[key] for key in RIVAL_KEYS if new.get(key) is not None}
         if old and not (folder / "eval.json").exists():
             known[new["seed"]] = old | rivals
         else:
@@ -425,19 +432,17 @@ def main(argv=None):
     pictures.mkdir(parents=True, exist_ok=True)
     try:
         seeds = write_results(folders, args.preset, to) if folders else shipped["seeds"]
-        for draw, what in ((draw_probes, "probe"), (draw_layers, "layers")):
+        for draw, what in ((draw_success, "rl_curve"), (draw_probes, "probe"),
+                           (draw_layers, "layers")):
             if any(what in seed for seed in seeds):
                 draw(seeds, pictures)
             else:
                 print(f"{draw.__name__}: nothing in results.json, skipped")
-        for draw, name in ((draw_curves, "base"), (draw_gate, "meta"), (draw_film, "policy"),
-                           (draw_success, "policy")):
+        for draw, name in ((draw_curves, "base"), (draw_gate, "meta"), (draw_film, "policy")):
             # Only finished checkpoints: an unfinished one would be trained on.
             have = [folder for folder in folders if ready(folder, name)]
             if not have:
                 print(f"{draw.__name__}: no finished {name}.pt, skipped")
-            elif draw is draw_success:
-                draw(folders, pictures, seeds)
             else:
                 draw(have if draw is draw_curves else have[0], pictures)
     except (Refused, RuntimeError) as refusal:  # RuntimeError: no driver to draw with

@@ -281,23 +281,26 @@ class Training:
             "done": step == self.steps, "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict()})
 
-    def log(self, shown, metrics):
-        """Append a line to <name>.jsonl and print the metrics named in `shown`."""
+    def log(self, step, shown, metrics, text):
+        """Append a line to <name>.jsonl, print the metrics named in `shown` and the text."""
+        metrics = {"step": step, "seconds": self.seconds(), **metrics}
         with open(self.path.with_suffix(".jsonl"), "a") as file:
             file.write(json.dumps(metrics) + "\n")
         values = ((key, metrics[key]) for key in shown if metrics.get(key) is not None)
-        text = (f"{key} {x:.4g}" if isinstance(x, float) else f"{key} {x}" for key, x in values)
-        tqdm.write(f"  {self.name} {metrics['step']:>6}  " + "  ".join(text))
+        words = (f"{key} {x:.4g}" if isinstance(x, float) else f"{key} {x}" for key, x in values)
+        tqdm.write(f"  {self.name} {step:>6}  " + "  ".join(words))
+        for line in text:
+            tqdm.write(f"      {line}")
 
     def due(self, step):
         """Is there an evaluation after step `step`? About cfg.evaluations, and at the end."""
         every = max(self.steps // self.run.cfg.evaluations, 1)
         return (step + 1) % every == 0 or step + 1 == self.steps
 
-    def go(self, source, learn, report):
+    def go(self, source, learn, report, start=None):
         """source yields (step, item) from `first` on; learn(step, item) takes an optimiser step and
         returns what report(step, learned) wants, which returns (names to show, dict of metrics,
-        lines of text) for the log.
+        lines of text) for the log. start(): the same, before the first step, for step 0.
 
         Saves after the first step, so that after --fresh one step suffices to say that this one is
         trained here; every save_seconds; at the end; and when Ctrl-C or SIGTERM asks to stop.
@@ -311,20 +314,19 @@ class Training:
         # It speaks of weights that are about to change.
         (folder / f"eval{suffix(self.run)}.json").unlink(missing_ok=True)
         # Steps after the checkpoint come again.
-        lines = [line for line in read_log(folder, self.name) if line["step"] <= self.first]
+        lines = [line for line in read_log(folder, self.name) if 0 < self.first >= line["step"]]
         content = "".join(json.dumps(line) + "\n" for line in lines)
         write_atomically(folder / f"{self.name}.jsonl", content.encode())
         last = 0.
         with Stop() as stop, tqdm(total=self.steps, initial=self.first, desc=self.name,
                                   unit="step", mininterval=1, disable=None) as bar:
+            if start is not None and self.first == 0:
+                self.log(0, *start())
             for step, item in source:
                 learned = learn(step, item)
                 bar.update()
                 if self.due(step):
-                    shown, metrics, text = report(step, learned)
-                    self.log(shown, {"step": step + 1, "seconds": self.seconds(), **metrics})
-                    for line in text:
-                        tqdm.write(f"      {line}")
+                    self.log(step + 1, *report(step, learned))
                 done = step + 1 == self.steps
                 if done or stop.asked or time.time() - last > self.run.cfg.save_seconds:
                     self.save(step + 1)

@@ -463,7 +463,7 @@ def reinforce(run, name, model, optimizer, update, trial, parent):
             seconds = time.perf_counter() - begin
             return happened | {"steps_per_s": happened["raw_steps"] / seconds}
 
-        def report(step, happened):
+        def evaluated(episodes, happened):
             data, success, gates = trial(seed_everything(EVAL_SEED, "eval", 2))
             task = "-".join(map(str, world.post_task))
             text = f"task {task}  visited {data.visited(0)}"
@@ -471,13 +471,18 @@ def reinforce(run, name, model, optimizer, update, trial, parent):
                 text += "  gate " + gate_line(gates[0, :data.length[0]])
             shown = ("episodes", "success", "abstract_actions", "std", "eval_success",
                      "steps_per_s")
-            metrics = {"episodes": (step + 1) * cfg.rl_batch, **happened,
-                       "eval_success": success.mean().item()}
+            metrics = {"episodes": episodes, **happened, "eval_success": success.mean().item()}
             return shown, metrics, (text,)
+
+        def start():  # a curve begins at episode 0
+            return evaluated(0, {})
+
+        def report(step, happened):
+            return evaluated((step + 1) * cfg.rl_batch, happened)
 
         purpose, steps = name.split("-")[0], range(training.first, cfg.rl_updates)
         source = ((k, seed_everything(cfg.seed, purpose, k)) for k in steps)
-        training.go(source, learn, report)
+        training.go(source, learn, report, start)
         wait()  # for the checkpoint
     return frozen(model)
 

@@ -111,6 +111,9 @@ def test_one_command_runs_every_stage_and_ends_with_the_comparison(finished):
     assert all(
         line["step"] == steps for line, steps in ((logs["base"][-1], 70), (logs["policy"][-1], 12))
     )
+    for name in ("policy", "raw"):  # their curves begin before anything is learned
+        assert [line["episodes"] for line in logs[name]][:1] == [0]
+        assert [line["step"] for line in logs[name]].count(0) == 1
 
 
 def test_the_precision_is_measured_unless_it_is_asked_for(capsys):
