@@ -200,7 +200,7 @@ def base_step(run, base, optimizer, obs, action):
     base.requires_grad_(True)
     with runs.autocast(run):
         loss = pretraining_loss(base, obs, action, torch.ones_like(action, dtype=torch.bool))[0]
-    train.optimise("base", 0, loss, base, optimizer, 1e-4)
+    train.optimise(loss, base, optimizer, 1e-4)
 
 
 def stage2_step(run, base, meta, optimizer, obs, action):
@@ -209,7 +209,7 @@ def stage2_step(run, base, meta, optimizer, obs, action):
     with runs.autocast(run):
         loss = discovery_loss(base, meta.train(), obs, action,
                               torch.ones_like(action, dtype=torch.bool), noise, .1)[0]
-    train.optimise("meta", 0, loss, meta, optimizer, 1e-4)
+    train.optimise(loss, meta, optimizer, 1e-4)
 
 
 def growth(run, rounds):

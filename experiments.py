@@ -115,7 +115,7 @@ def probe(run, steps=2000, batch=128, lr=3e-3):
             loss = sum(F.cross_entropy(each[item["mask"]], item[name][item["mask"]])
                        for name in classes for each in logits[name])
             rate = lr * train.schedule(dataclasses.replace(one.cfg, decay=.5), step, steps)
-            train.optimise("probe", step, loss, probes, optimizer, rate)
+            train.optimise(loss, probes, optimizer, rate)
         with torch.no_grad():
             logits = probes(all_streams(base, test["obs"][:, :-1]))
         rows = {name: [(each.argmax(-1) == test[name])[mask].float().mean().item()

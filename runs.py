@@ -292,6 +292,13 @@ class Training:
         for line in text:
             tqdm.write(f"      {line}")
 
+    def require_finite(self, step, loss):
+        """FloatingPointError on a loss that is not, before the state that it has spoiled is kept.
+        (RL's updates return a dict, and look for themselves.)"""
+        if isinstance(loss, torch.Tensor) and not loss.isfinite():
+            raise FloatingPointError(f"the loss of {self.name} is not finite at step {step}; the "
+                                     f"last checkpoint keeps the last good state")
+
     def due(self, step):
         """Is there an evaluation after step `step`? About cfg.evaluations, and at the end."""
         every = max(self.steps // self.run.cfg.evaluations, 1)
@@ -325,10 +332,14 @@ class Training:
             for step, item in source:
                 learned = learn(step, item)
                 bar.update()
+                # On a GPU only before something is kept: to look at the loss is to wait for it.
+                if self.run.device.type == "cpu" or self.due(step):
+                    self.require_finite(step, learned)
                 if self.due(step):
                     self.log(step + 1, *report(step, learned))
                 done = step + 1 == self.steps
                 if done or stop.asked or time.time() - last > self.run.cfg.save_seconds:
+                    self.require_finite(step, learned)
                     self.save(step + 1)
                     last = time.time()
                 if stop.asked:  # also at the end of a stage: the next one would begin

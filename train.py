@@ -25,6 +25,7 @@ import contextlib
 import copy
 import dataclasses
 import json
+import math
 import os
 import signal
 import sys
@@ -82,9 +83,15 @@ CHUNK = 32  # batches drawn at once: episodes of similar length share one, with 
 
 
 def tensors(run, data):
-    """Trajectories -> a batch."""
+    """Trajectories -> a batch. CUDA graphs are recorded once for each shape: for them T is padded
+    to one of eight lengths, with steps that do not exist."""
     arrays = {"obs": data.obs(), "action": data.action, "subgoal": data.subgoal,
               "mask": data.mask(), "switches": data.switches()}
+    if run.compiler == "cudagraphs":
+        T, unit = data.action.shape[1], math.ceil(run.cfg.T / 8)
+        more = math.ceil(T / unit) * unit - T
+        arrays = {name: np.pad(x, ((0, 0), (0, more), *[(0, 0)] * (x.ndim - 2)))
+                  for name, x in arrays.items()}
     return {name: torch.from_numpy(value).to(run.device) for name, value in arrays.items()}
 
 
@@ -212,17 +219,13 @@ def schedule(cfg, step, steps):
     return min(1., (step + 1) / max(cfg.warmup, 1), left)
 
 
-def optimise(name, step, loss, model, optimizer, lr):
-    """One step of stage `name`, on the sum of all processes' losses, which is returned. NOT in
-    paper: the gradient's norm is cut at 1, which keeps rare batches from undoing many good ones.
-    FloatingPointError on a non-finite loss."""
+def optimise(loss, model, optimizer, lr):
+    """One step on the sum of all processes' losses, which is returned. NOT in paper: the gradient's
+    norm is cut at 1, which keeps rare batches from undoing many good ones."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad()
     loss = backward(loss, model.parameters())
-    if not torch.isfinite(loss):  # synchronises with a GPU, once a step
-        raise FloatingPointError(f"the loss of {name} is not finite at step {step}; the last "
-                                 f"checkpoint keeps the last good state")
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
     optimizer.step()
     return loss
@@ -234,7 +237,7 @@ def supervise(run, training, source, lr, loss_of, report):
         with autocast(run):
             loss = loss_of(step, batch)
         rate = lr * schedule(run.cfg, step, training.steps)
-        return optimise(training.name, step, loss, training.model, training.optimizer, rate)
+        return optimise(loss, training.model, training.optimizer, rate)
     training.go(source, learn, report)
     wait()  # for the checkpoint
 
@@ -390,8 +393,10 @@ def discover(run):
             return min(1., max(0, step + 1 - cfg.alpha_start) / max(cfg.alpha_ramp, 1))
 
         def loss_of(step, batch):
-            # `batches` has just seeded torch for this step.
-            noise = torch.randn(*batch["mask"].shape, cfg.n_z, device=run.device)
+            # `batches` has just seeded torch for this step. Drawn for all of the horizon, so that
+            # it does not depend on how far the batch is padded.
+            B, T = batch["mask"].shape
+            noise = torch.randn(cfg.T, B, cfg.n_z, device=run.device)[:T].transpose(0, 1)
             view = view_of(batch, world, cfg.symmetric, cfg.splice, cfg.shuffle * grown(step),
                            cfg.join)
             mine, mine_of_view = own(batch | {"noise": noise}), view and own(view)

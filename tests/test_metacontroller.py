@@ -102,7 +102,7 @@ def test_one_optimiser_step_moves_every_parameter_and_not_the_base():
     base, meta = frozen_base(), metacontroller()
     before, base_before = ({k: v.clone() for k, v in m.state_dict().items()} for m in (meta, base))
     optimizer = train.adamw(meta.parameters(), 1e-3, 0.0)
-    train.optimise("meta", 0, loss_of(base, meta, batch())[0], meta, optimizer, 1e-3)
+    train.optimise(loss_of(base, meta, batch())[0], meta, optimizer, 1e-3)
     assert all(not torch.equal(before[k], v) for k, v in meta.state_dict().items())
     assert all(torch.equal(base_before[k], v) for k, v in base.state_dict().items())
 

@@ -333,7 +333,7 @@ def test_grid_paper_has_exactly_the_papers_sizes_and_takes_a_step():
     losses = []
     for _ in range(3):
         losses.append(pretraining_loss(base, data["obs"], data["action"], data["mask"])[0])
-        train.optimise("base", 0, losses[-1], base, optimizer, cfg.base_lr)
+        train.optimise(losses[-1], base, optimizer, cfg.base_lr)
     assert losses[2] < losses[0]
 
 

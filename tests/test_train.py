@@ -698,6 +698,7 @@ def test_what_was_begun_with_fresh_is_not_replaced_by_what_is_shipped(
         if calls:
             raise KeyboardInterrupt
         calls.append(genuine(*args))
+        return calls[0]
 
     monkeypatch.setattr(train, "optimise", killed)
     assert train.main([*line, "--fresh"]) == 130
@@ -873,3 +874,32 @@ def test_compiled_stages_find_the_eager_result(tmp_path, device, backend):
         for eager, compiled in zip(*(log[name] for log in logs)):
             for key in ("nll", "loss", "train_loss", "kl_per_episode", "eval_success"):
                 assert eager.get(key) == pytest.approx(compiled.get(key), abs=1e-3), (name, key)
+
+
+def test_batches_padded_for_cuda_graphs_have_few_lengths_and_the_same_loss(tmp_path):
+    """What CUDA graphs need, checked where there is no GPU: the loss does not see the padding."""
+    cfg = train.dataclasses.replace(config.PRESETS["smoke"], T=40)
+    run = runs.Run(cfg, "smoke", tmp_path)
+    base, meta = train.new_base(run), train.new_metacontroller(run).eval()
+    torch.nn.init.normal_(base.action_head.weight)  # so that actions differ
+    lengths, longer = set(), 0
+    for k in range(12):
+        data = generate(config.world_of(cfg), np.random.default_rng(k), 6)
+        losses = []
+        for compiler in ("off", "cudagraphs"):
+            run.compiler = compiler
+            batch = train.tensors(run, data)
+            torch.manual_seed(k)
+            B, T = batch["mask"].shape
+            noise = torch.randn(cfg.T, B, cfg.n_z)[:T].transpose(0, 1)
+            view = view_of(batch, config.world_of(cfg), True, 0.5, 0.5)
+            found = train.discovery_loss(
+                base, meta, batch["obs"], batch["action"], batch["mask"], noise, 0.1, view
+            )
+            losses.append(found[0].item())
+            plain = train.pretraining_loss(base, batch["obs"], batch["action"], batch["mask"])
+            losses.append(plain[0].item())
+        lengths.add(T)
+        longer += T > data.action.shape[1]
+        assert losses[:2] == pytest.approx(losses[2:], abs=1e-5)
+    assert all(T % 5 == 0 for T in lengths) and len(lengths) <= 8 and longer > 5
