@@ -183,7 +183,7 @@ def view_of(batch, world, symmetric, splice, shuffle, join=0.):
     begin = torch.where(joined, 0, cut)  # (B, 1) where the episode itself begins
     cut = torch.where(joined, others + 1, cut)
     ends = cut - begin + length  # (B, 1)
-    t = torch.arange(int(ends.max()), device=device)  # (T',)
+    t = torch.arange(max(T, int(ends.max())) if join else T, device=device)  # (T',)
     past = t < cut  # (B, T')
     foreign = past & (spliced | joined)
     row = torch.where(foreign, other, rows)

@@ -897,6 +897,7 @@ def test_batches_padded_for_cuda_graphs_have_few_lengths_and_the_same_loss(tmp_p
                 base, meta, batch["obs"], batch["action"], batch["mask"], noise, 0.1, view
             )
             losses.append(found[0].item())
+            assert view["mask"].shape[1] == T
             plain = train.pretraining_loss(base, batch["obs"], batch["action"], batch["mask"])
             losses.append(plain[0].item())
         lengths.add(T)
