@@ -218,32 +218,39 @@ def shades(n):
 def by_layer(axis, rows, key, label):
     """One line for each length of base training: the median over seeds of `key`, a list over
     layers, and the quartiles. rows: of all seeds."""
-    steps = sorted({row["base_steps"] for row in rows})
+    steps, ends = sorted({row["base_steps"] for row in rows}), []
     for length, colour in zip(steps, shades(len(steps))):
         values = np.array([row[key] for row in rows if row["base_steps"] == length])  # (seeds, L+1)
         low, middle, high = np.quantile(values, (.25, .5, .75), axis=0)
         axis.plot(range(len(middle)), middle, color=colour, marker="o", clip_on=False)
         axis.fill_between(range(len(middle)), low, high, color=colour, alpha=.25, lw=0)
-        axis.annotate(f"{length:,}", (len(middle) - 1, middle[-1]), xytext=(6, 0), fontsize=8,
-                      textcoords="offset points", va="center", color=colour)
+        ends.append((middle[-1], f"{length:,} steps", colour))
+    low, high = axis.get_ylim()
+    ends, heights = sorted(ends), []
+    for y, _, _ in ends:  # at the lines' ends, and none on another
+        heights.append(max([y, *(h + .06 * (high - low) for h in heights)]))
+    lower = np.mean(heights) - np.mean([y for y, _, _ in ends])
+    for height, (_, text, colour) in zip(heights, ends):
+        axis.annotate(text, (1.03, height - lower), xycoords=("axes fraction", "data"), fontsize=8,
+                      va="center", color=colour)
     axis.set(xlabel="layer (0: the embedding)", ylabel=label, xticks=range(len(middle)))
 
 
 def draw_probes(seeds, to):
-    """C.2. Numbers at the lines' ends: optimiser steps of the base."""
+    """C.2. At the lines' ends: optimiser steps of the base."""
     rows = [row for seed in seeds for row in seed.get("probe", [])]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
-    by_layer(axes[0], rows, "subgoal", "accuracy of a linear probe")
-    by_layer(axes[1], rows, "action", "accuracy of a linear probe")
     chance, best = (np.median([row[key] for row in rows]) for key in ("chance_subgoal",
                                                                       "bayes_subgoal"))
     for height, text in ((chance, "chance"), (best, "Bayes posterior")):
         axes[0].axhline(height, color="black", ls=":", lw=1)
         axes[0].annotate(text, (0, height), fontsize=8, va="bottom")
+    by_layer(axes[0], rows, "subgoal", "accuracy of a linear probe")
+    by_layer(axes[1], rows, "action", "accuracy of a linear probe")
     count = sum(bool(seed.get("probe")) for seed in seeds)
     axes[0].set_title(f"which subgoal is it in? ({count} seed{'s' * (count > 1)})")
     axes[1].set_title("which action is next?")
-    figure.subplots_adjust(wspace=.45)
+    figure.subplots_adjust(wspace=.55)
     save(figure, to / "probes.png")
 
 
@@ -272,11 +279,11 @@ def draw_layers(seeds, to):
         axes[1].plot(range(len(middle)), middle, color=colour, marker="o", clip_on=False)
         axes[1].annotate(f"{name} legs", (len(middle) - 1, middle[-1]), xytext=(6, 0), fontsize=8,
                          textcoords="offset points", va="center", color=colour)
-    axes[1].set(xlabel="layer (0: the embedding)", ylabel="success of a leg",
-                title=f"legs, base of {longest:,} steps")
+    axes[1].set(xlabel="layer (0: the embedding)", ylabel="success of a leg", ylim=(0, 1),
+                xticks=range(len(middle)), title=f"legs, base of {longest:,} steps")
     count = sum(bool(seed.get("layers")) for seed in seeds)
     axes[0].set(title=f"true-subgoal controllers ({count} seed{'s' * (count > 1)})", ylim=(0, 1))
-    figure.subplots_adjust(wspace=.45)
+    figure.subplots_adjust(wspace=.55)
     save(figure, to / "layers.png")
 
 
