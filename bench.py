@@ -51,6 +51,10 @@ def rate(work, amount):
     return amount / (time.perf_counter() - begin)
 
 
+def median_rate(work, amount, rounds):
+    return np.median([rate(work, amount) for _ in range(rounds + 1)][1:])  # the first warms up
+
+
 def compare(title, unit, rivals, rounds):
     """rivals: name -> (work, amount). They take turns, `rounds` times; the first is compared with
     every other, round by round."""
@@ -83,7 +87,7 @@ def product_rate(run, m, k, n, rounds=7):
     def work():
         for _ in range(many):
             a @ b
-    return np.median([rate(work, many * 2 * m * k * n) for _ in range(rounds + 1)][1:])
+    return median_rate(work, many * 2 * m * k * n, rounds)
 
 
 def memory(run, reset=False):
@@ -189,11 +193,10 @@ def episodes(run, B, T):
     return obs.to(run.device), action.to(run.device)  # (B, T+1, K), (B, T)
 
 
-def learner(run, layer, layers=4, width=256):
-    parts = grid_parts(GRID, True)
-    base = SequenceModel(parts, width=width, layers=layers, heads=4, hidden=2 * width,
-                         buckets=32, layer=layer, lam=0., mixer="attention", read=layer)
-    return base.to(run.device), Metacontroller(width).to(run.device)
+def learner(run):
+    base = SequenceModel(grid_parts(GRID, True), width=256, layers=4, heads=4, hidden=512,
+                         buckets=32, layer=2)
+    return base.to(run.device), Metacontroller(256).to(run.device)
 
 
 def base_step(run, base, optimizer, obs, action):
@@ -213,7 +216,7 @@ def stage2_step(run, base, meta, optimizer, obs, action):
 
 
 def growth(run, rounds):
-    base, meta = learner(run, 2)
+    base, meta = learner(run)
     base_optimizer = runs.adamw(base.parameters(), 1e-4, 0.)
     meta_optimizer = runs.adamw(meta.parameters(), 1e-4, 0.)
     print(f"\nmilliseconds a step, width 256, 4 layers, {run.dtype}")
@@ -222,7 +225,7 @@ def growth(run, rounds):
         data = episodes(run, B, T)
         works = (functools.partial(base_step, run, base, base_optimizer, *data),
                  functools.partial(stage2_step, run, base, meta, meta_optimizer, *data))
-        times = [np.median([1e3 / rate(work, 1) for _ in range(rounds + 1)][1:]) for work in works]
+        times = [1e3 / median_rate(work, 1, rounds) for work in works]
         print(f"  {B:4} {T:4}  {times[0]:8.1f} {times[1]:8.1f}")
 
 
@@ -264,7 +267,7 @@ def peer(run, rounds):
     if package is None:
         print("the peer is left out: it needs `pip install metacontroller-pytorch==0.3.3`")
         return
-    base, meta = learner(run, 2)
+    base, meta = learner(run)
     base_optimizer = runs.adamw(base.parameters(), 1e-4, 0.)
     meta_optimizer = runs.adamw(meta.parameters(), 1e-4, 0.)
     policy = Policy(256, meta.n_z).to(run.device)
@@ -441,13 +444,14 @@ def main(argv=None):
         config.check(cfg, config.PRESETS[args["preset"]])
     except config.Refused as refusal:
         parser.error(str(refusal))
-    run = train.Run(cfg, args["preset"], Path("runs") / args["preset"] / f"seed{cfg.seed}")
+    run = runs.Run(cfg, args["preset"], Path("runs") / args["preset"] / f"seed{cfg.seed}")
     runs.choose_device(run)
     if args["what"] == "worlds":
         ants(args["rounds"])
         grid(args["rounds"])
     else:
         {"stages": stages, "growth": growth, "peer": peer}[args["what"]](run, args["rounds"])
+    parallel.leave()
 
 
 if __name__ == "__main__":

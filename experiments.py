@@ -48,19 +48,15 @@ def lengths(run, parts):
 
 def measured(run, what, cells, measure):
     """Measure each cell, a dict, that <what>.jsonl does not have yet: measure(**cell) -> dict."""
-    path = run.folder / f"{what}.jsonl"
     done = runs.read_log(run.folder, what)
     run.folder.mkdir(parents=True, exist_ok=True)
-    content = "".join(runs.json.dumps(row) + "\n" for row in done)
-    runs.write_atomically(path, content.encode())  # a last line cut off by a kill is dropped
     for k, cell in enumerate(cells):
         if any(cell.items() <= row.items() for row in done):
             continue
         print(f"{what}, cell {k + 1} of {len(cells)}: {cell}")
-        row = {**cell, **measure(**cell)}
-        with open(path, "a") as file:
-            file.write(runs.json.dumps(row) + "\n")
-        print(f"  {row}")
+        done.append({**cell, **measure(**cell)})
+        runs.write_log(run.folder, what, done)
+        print(f"  {done[-1]}")
 
 
 # ---------------------------------------------------------------------------------- 2. probes (C.2)
@@ -145,13 +141,10 @@ def layers(run):
     """C.3 at every layer, read where it is written. Rows: base_steps, layers, layer; success, nll,
     success_by_leg, unseen (which legs no demonstration shows)."""
     def measure(base_steps, layers, layer):
-        one = variant(with_length(run, base_steps), layer=layer, read=layer)
-        one.folder.mkdir(parents=True, exist_ok=True)
         parent = with_length(run, base_steps)
+        one = variant(parent, layer=layer, read=layer)
         train.pretrain(parent)
-        for kind in ("jsonl", "pt"):  # the base does not depend on the layer
-            content = (parent.folder / f"base.{kind}").read_bytes()
-            runs.write_atomically(one.folder / f"base.{kind}", content)
+        runs.copy_checkpoint("base", parent.folder, one.folder)  # it does not depend on the layer
         train.control(one)
         last = runs.read_log(one.folder, "control")[-1]
         kept = {key: last[key] for key in ("success", "nll", "success_by_leg")}

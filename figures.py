@@ -57,6 +57,19 @@ def save(figure, path):
     print(f"wrote {path}")
 
 
+def label_ends(axis, ends, gap):
+    """Name each curve at its end, right of the axis and none on another: ends is a list of
+    (height, text, colour), gap the least distance, as a share of the axis."""
+    low, high = axis.get_ylim()
+    ends, heights = sorted(ends), []
+    for y, _, _ in ends:
+        heights.append(max([y, *(h + gap * (high - low) for h in heights)]))
+    lower = np.mean(heights) - np.mean([y for y, _, _ in ends])
+    for height, (_, text, colour) in zip(heights, ends):
+        axis.annotate(text, (1.03, height - lower), xycoords=("axes fraction", "data"), fontsize=8,
+                      va="center", color=colour)
+
+
 # ---------------------------------------------------------------------------------------- 1. curves
 
 def draw_curves(folders, to):
@@ -102,17 +115,13 @@ def draw_success(seeds, to):
             axis.plot(episodes, middle, color=colour, marker=".", clip_on=False)
             axis.fill_between(episodes, low, high, color=colour, alpha=.25, lw=0)
         ends.append((middle[-1], f"{label}\n({seeds_of(curves)})", colour))
-    height = -1.
-    for y, text, colour in sorted(ends):  # at the curves' ends, and none on another
-        height = max(y, height + .12)
-        axes[0].annotate(text, (1.03, height), xycoords=("axes fraction", "data"), color=colour,
-                         fontsize=8, va="center")
     for axis, scale in zip(axes, ("linear", "symlog")):
         axis.set(xlabel="episodes", ylabel="success, post-training task", ylim=(0, 1))
         axis.ticklabel_format(axis="x", style="sci", scilimits=(3, 3))
         if scale == "symlog":  # linear below 1e-3, so that 0 is at 0
             axis.set_yscale(scale, linthresh=1e-3)
             axis.set_yticks([0, 1e-3, 1e-2, 1e-1, 1], ["0", "0.001", "0.01", "0.1", "1"])
+    label_ends(axes[0], ends, .12)
     shown = 0
     for key, (label, colour) in zip(("rl_success", "forced_success", "cotrain_success",
                                      "raw_success"), zip(METHODS.values(), COLOURS)):
@@ -225,14 +234,7 @@ def by_layer(axis, rows, key, label):
         axis.plot(range(len(middle)), middle, color=colour, marker="o", clip_on=False)
         axis.fill_between(range(len(middle)), low, high, color=colour, alpha=.25, lw=0)
         ends.append((middle[-1], f"{length:,} steps", colour))
-    low, high = axis.get_ylim()
-    ends, heights = sorted(ends), []
-    for y, _, _ in ends:  # at the lines' ends, and none on another
-        heights.append(max([y, *(h + .06 * (high - low) for h in heights)]))
-    lower = np.mean(heights) - np.mean([y for y, _, _ in ends])
-    for height, (_, text, colour) in zip(heights, ends):
-        axis.annotate(text, (1.03, height - lower), xycoords=("axes fraction", "data"), fontsize=8,
-                      va="center", color=colour)
+    label_ends(axis, ends, .06)
     axis.set(xlabel="layer (0: the embedding)", ylabel=label, xticks=range(len(middle)))
 
 
@@ -247,8 +249,8 @@ def draw_probes(seeds, to):
         axes[0].annotate(text, (0, height), fontsize=8, va="bottom")
     by_layer(axes[0], rows, "subgoal", "accuracy of a linear probe")
     by_layer(axes[1], rows, "action", "accuracy of a linear probe")
-    count = sum(bool(seed.get("probe")) for seed in seeds)
-    axes[0].set_title(f"which subgoal is it in? ({count} seed{'s' * (count > 1)})")
+    measured = [seed for seed in seeds if seed.get("probe")]
+    axes[0].set_title(f"which subgoal is it in? ({seeds_of(measured)})")
     axes[1].set_title("which action is next?")
     figure.subplots_adjust(wspace=.55)
     save(figure, to / "probes.png")
@@ -272,17 +274,17 @@ def draw_layers(seeds, to):
                        "unseen": np.nanmean(legs[:, unseen], axis=1)})
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
     by_layer(axes[0], tables, "success", "success, post-training task")
-    longest = max(row["base_steps"] for row in rows)
+    longest, ends = max(row["base_steps"] for row in rows), []
     for name, colour in (("seen", COLOURS[2]), ("unseen", COLOURS[3])):
         values = np.array([table[name] for table in tables if table["base_steps"] == longest])
         middle = np.median(values, axis=0)
         axes[1].plot(range(len(middle)), middle, color=colour, marker="o", clip_on=False)
-        axes[1].annotate(f"{name} legs", (len(middle) - 1, middle[-1]), xytext=(6, 0), fontsize=8,
-                         textcoords="offset points", va="center", color=colour)
+        ends.append((middle[-1], f"{name} legs", colour))
     axes[1].set(xlabel="layer (0: the embedding)", ylabel="success of a leg", ylim=(0, 1),
                 xticks=range(len(middle)), title=f"legs, base of {longest:,} steps")
-    count = sum(bool(seed.get("layers")) for seed in seeds)
-    axes[0].set(title=f"true-subgoal controllers ({count} seed{'s' * (count > 1)})", ylim=(0, 1))
+    label_ends(axes[1], ends, .06)
+    measured = [seed for seed in seeds if seed.get("layers")]
+    axes[0].set(title=f"true-subgoal controllers ({seeds_of(measured)})", ylim=(0, 1))
     figure.subplots_adjust(wspace=.55)
     save(figure, to / "layers.png")
 

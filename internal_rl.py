@@ -31,10 +31,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import parallel
 from envs import sample_layouts, simulate
 from metacontroller import BETA_THRESHOLD
 from model import Block, Hawk, action_nll, gaussian_logp, linear, sample_action
-from parallel import Rows, backward, count, gathered, share
 
 # ---------------------------------------------------------------------------------------- 1. player
 
@@ -247,13 +247,13 @@ def clipped_update(parameters, optimizer, logp_of, old_logp, reward, mask, clip=
     if all rewards are equal, so that every advantage is 0, the step is skipped: Adam's momentum
     would move the policy on no evidence. Raises FloatingPointError on a non-finite loss.
     """
-    advantage = relative_advantage(reward)[share(len(reward))]
+    advantage = relative_advantage(reward)[parallel.share(len(reward))]
     if reward.std(unbiased=False) == 0:
         return 0.
     for _ in range(epochs):
         optimizer.zero_grad()
         loss = clipped_loss(logp_of(), old_logp, advantage, mask, clip)
-        loss = backward(loss / count(), parameters)
+        loss = parallel.backward(loss / parallel.count(), parameters)
         if not torch.isfinite(loss):
             raise FloatingPointError("the RL loss is not finite")
         nn.utils.clip_grad_norm_(parameters, 1.)
@@ -293,12 +293,12 @@ def sequence_logp(policy, reading, z, count, portions=8):
 def internal_rl_step(base, meta, policy, optimizer, world, rng, n, epochs, clip):
     """One update of Algorithm 3 on n fresh episodes, shared by all processes. Returns a dict of
     what happened."""
-    rng = Rows(rng, n)
-    data, success, env = internal_episodes(base, meta, world, rng, n // count(), policy)
+    rng = parallel.Rows(rng, n)
+    data, success, env = internal_episodes(base, meta, world, rng, n // parallel.count(), policy)
     reading, z, old_logp, mask = env.sequences()
     ends = torch.stack([torch.from_numpy(success).to(z), torch.from_numpy(data.length).to(z),
                         env.count.to(z)], dim=1)  # (N, 3)
-    reward, length, actions = gathered(ends).unbind(1)
+    reward, length, actions = parallel.gathered(ends).unbind(1)
     loss = clipped_update(list(policy.parameters()), optimizer,
                           lambda: sequence_logp(policy, reading, z, env.count),
                           old_logp, reward, mask, clip, epochs)
@@ -310,11 +310,11 @@ def internal_rl_step(base, meta, policy, optimizer, world, rng, n, epochs, clip)
 def raw_rl_step(base, optimizer, world, rng, n, epochs, clip):
     """The rival (C.5.3): the same update on the base model's own action probabilities, all of its
     weights trained. Returns a dict of what happened."""
-    rng = Rows(rng, n)
-    data, success, player = play(base, world, [world.post_task] * (n // count()), rng)
+    rng = parallel.Rows(rng, n)
+    data, success, player = play(base, world, [world.post_task] * (n // parallel.count()), rng)
     to = lambda x: torch.from_numpy(x).to(player.device)
     ends = torch.stack([to(success).float(), to(data.length).float()], dim=1)  # (N, 2)
-    reward, length = gathered(ends).unbind(1)
+    reward, length = parallel.gathered(ends).unbind(1)
     obs, action, mask = to(data.obs()[:, :-1]), to(data.action), to(data.mask())
 
     def logp_of():  # (N, T)

@@ -38,6 +38,12 @@ def join():
             signal.signal(number, signal.SIG_IGN)
 
 
+def leave():
+    """End what join began: without it gloo's threads may abort a process that is done."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 

@@ -187,11 +187,21 @@ def use_shipped(run, name):
     parent = walker and digest(walker["model"])
     if difference(run, name, saved["fingerprint"]) is not None or saved["parent"] != parent:
         return False
-    run.folder.mkdir(parents=True, exist_ok=True)
-    for kind in ("jsonl", "pt"):  # the log first: a checkpoint without it would never get one
-        content = (folder / f"{name}.{kind}").read_bytes()
-        write_atomically(run.folder / f"{name}.{kind}", content)
+    copy_checkpoint(name, folder, run.folder)
     return True
+
+
+def copy_checkpoint(name, source, to):
+    """Copy a checkpoint and its log from one folder to another."""
+    to.mkdir(parents=True, exist_ok=True)
+    for kind in ("jsonl", "pt"):  # the log first: a checkpoint without it would never get one
+        write_atomically(to / f"{name}.{kind}", (source / f"{name}.{kind}").read_bytes())
+
+
+def write_log(folder, name, lines):
+    """Replace <name>.jsonl by these lines, dicts."""
+    content = "".join(json.dumps(line) + "\n" for line in lines)
+    write_atomically(folder / f"{name}.jsonl", content.encode())
 
 
 def read_log(folder, name):
@@ -322,8 +332,7 @@ class Training:
         (folder / f"eval{suffix(self.run)}.json").unlink(missing_ok=True)
         # Steps after the checkpoint come again.
         lines = [line for line in read_log(folder, self.name) if 0 < self.first >= line["step"]]
-        content = "".join(json.dumps(line) + "\n" for line in lines)
-        write_atomically(folder / f"{self.name}.jsonl", content.encode())
+        write_log(folder, self.name, lines)
         last = 0.
         with Stop() as stop, tqdm(total=self.steps, initial=self.first, desc=self.name,
                                   unit="step", mininterval=1, disable=None) as bar:

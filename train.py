@@ -36,6 +36,7 @@ import numpy as np
 import torch
 
 import ant
+import parallel
 from analysis import (
     code_identity,
     control_loss,
@@ -59,7 +60,6 @@ from grid import Grid
 from internal_rl import Policy, internal_episodes, internal_rl_step, play, raw_rl_step
 from metacontroller import BETA_THRESHOLD, Decoder, Metacontroller, discovery_loss
 from model import SequenceModel, pretraining_loss
-from parallel import Lost, backward, count, join, own, own_luck, part, rank, wait
 from runs import (
     EVAL_SEED,
     Interrupted,
@@ -225,7 +225,7 @@ def optimise(loss, model, optimizer, lr):
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad()
-    loss = backward(loss, model.parameters())
+    loss = parallel.backward(loss, model.parameters())
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
     optimizer.step()
     return loss
@@ -239,7 +239,7 @@ def supervise(run, training, source, lr, loss_of, report):
         rate = lr * schedule(run.cfg, step, training.steps)
         return optimise(loss, training.model, training.optimizer, rate)
     training.go(source, learn, report)
-    wait()  # for the checkpoint
+    parallel.wait()  # for the checkpoint
 
 
 def frozen(model):
@@ -294,8 +294,8 @@ def pretrain(run):
                 padded = torch.nn.functional.pad(action, (0, 0, 0, 1))  # (B, T+1, A)
                 obs, action = body.turned(world, g.expand(obs.shape[:2]), obs, padded)
                 action = action[:, :-1]
-            mine = own({"obs": obs, "action": action, "mask": batch["mask"]})
-            return part(batch["mask"]) * pretraining_loss(base, **mine)[0]
+            mine = parallel.own({"obs": obs, "action": action, "mask": batch["mask"]})
+            return parallel.part(batch["mask"]) * pretraining_loss(base, **mine)[0]
 
         def report(step, loss):
             with torch.no_grad(), autocast(run):
@@ -338,8 +338,8 @@ def control(run):
                 view = batch | {"obs": batch["obs"][:, :-1]}
             else:
                 view["subgoal"] = batch["subgoal"][view["row"], view["step"]]  # (B, T')
-            mine = own(view)
-            return part(view["mask"]) * control_loss(
+            mine = parallel.own(view)
+            return parallel.part(view["mask"]) * control_loss(
                 base, decoder, mine["obs"], mine["action"], mine["subgoal"], mine["mask"])
 
         def report(step, loss):
@@ -399,12 +399,12 @@ def discover(run):
             noise = torch.randn(cfg.T, B, cfg.n_z, device=run.device)[:T].transpose(0, 1)
             view = view_of(batch, world, cfg.symmetric, cfg.splice, cfg.shuffle * grown(step),
                            cfg.join)
-            mine, mine_of_view = own(batch | {"noise": noise}), view and own(view)
+            mine, mine_of_view = parallel.own(batch | {"noise": noise}), view and parallel.own(view)
             # Wanted: this process's part of the mean NLL, over the view's steps, plus alpha times
             # its part of the mean KL, over the episodes' steps.
-            scored = part((view or batch)["mask"])
-            alpha = cfg.alpha * grown(step) * part(batch["mask"]) / scored
-            own_luck()
+            scored = parallel.part((view or batch)["mask"])
+            alpha = cfg.alpha * grown(step) * parallel.part(batch["mask"]) / scored
+            parallel.own_luck()
             return scored * discovery_loss(
                 base, meta.train(), mine["obs"], mine["action"], mine["mask"], mine["noise"],
                 alpha, mine_of_view)[0]
@@ -488,7 +488,7 @@ def reinforce(run, name, model, optimizer, update, trial, parent):
         purpose, steps = name.split("-")[0], range(training.first, cfg.rl_updates)
         source = ((k, seed_everything(cfg.seed, purpose, k)) for k in steps)
         training.go(source, learn, report, start)
-        wait()  # for the checkpoint
+        parallel.wait()  # for the checkpoint
     return frozen(model)
 
 
@@ -653,7 +653,7 @@ def parse(argv, complaints=sys.stderr):
     alone = rival == "raw" and stage not in ("rl", "eval")
     if alone or rival != "none" and stage in ("expert", "pretrain", "control"):
         raise Refused(f"--rival {rival} has no --stage {stage} of its own")
-    if stage == "eval" and count() > 1:
+    if stage == "eval" and parallel.count() > 1:
         raise Refused("--stage eval is for one process: it trains nothing that could be shared")
     if args["fresh"] and stage == "eval":
         raise Refused("--fresh does not go with --stage eval, which trains nothing")
@@ -698,15 +698,15 @@ def prepare(run, preset, stage, stale):
 
 
 def main(argv=None):
-    join()
+    parallel.join()
     complaints = sys.stderr
-    if rank():  # process 0 speaks for all; what is not foreseen still has its traceback
+    if parallel.rank():  # process 0 speaks for all; what is not foreseen still has its traceback
         sys.stdout = complaints = open(os.devnull, "w")
     try:
         run, stage, rival, stale = parse(argv, complaints)
-        if not rank():
+        if not parallel.rank():
             prepare(run, PRESETS[run.preset], stage, stale)
-        wait()
+        parallel.wait()
         choose_device(run)
         if stage == "rl" and rival == "none":
             control(run)
@@ -716,12 +716,12 @@ def main(argv=None):
             STAGES[stage](run)
         if stage == "rl" and rival == "none":
             raw(run)
-        if stage == "rl" and not rank():
+        if stage == "rl" and not parallel.rank():
             evaluate(run)
     except Refused as refusal:
         print(f"train.py: {refusal}", file=complaints)
         return 2
-    except Lost:
+    except parallel.Lost:
         print("train.py: another process has ended; the same command, without --fresh, goes on "
               "from the last checkpoint", file=complaints)
         return 1
@@ -742,6 +742,8 @@ def main(argv=None):
         print(f"\ntrain.py: {saved}; the same command, without --fresh, goes on from the last "
               f"checkpoint", file=complaints)
         return 128 + number
+    finally:
+        parallel.leave()
     return 0
 
 
