@@ -3,7 +3,7 @@ As a program, `python analysis.py WHAT`, it runs the paper's analyses: experimen
 
   1. the gate         scores against true switches, what the KL pays, openings at arrivals
   2. true subgoals    controllers of the TRUE subgoals (C.3): their loss and their success
-  3. codes            where a held code leads: code identity, code transplant (B.3.2)
+  3. codes            where a code leads: code identity, code transplant (B.3.2)
 
 Paper sections: C.3, C.6 (switches counted at beta > .5), B.3.2; Fig. 6.
 Glossary: as in envs.py (worlds), metacontroller.py (beta, z) and internal_rl.py (steer, reading).
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from envs import sample_layouts
-from internal_rl import play
+from internal_rl import InternalEnvironment, ask_prior, play
 from metacontroller import BETA_THRESHOLD
 from model import action_nll, masked_mean
 
@@ -154,35 +154,43 @@ def first_colour(world, data):
     return np.where(match.any(1), match.argmax(1), -1)
 
 
-def code_identity(base, decoder, world, rng, codes=256, layouts=64):
-    """Does a code name a subgoal? Mutual information between a prior code and where it leads.
+def code_outcomes(base, decoder, world, rng, codes=256, layouts=64):
+    """Where do codes from the prior lead? Each is held fixed, gate shut, in the same `layouts`
+    worlds, none of which it was made for.
 
-    Each code is held fixed, gate shut, in the same `layouts` worlds, none of which it was made
-    for. Outcome: the subgoal that begins with the first colour visited, or "none". If codes name
-    subgoals, a code leads to one subgoal whatever the layout; if they name places, the outcome
-    depends on the layout and the information is near 0. Returns a dict: code_identity (nats);
-    code_identity_max = ln S, what S equally frequent subgoals would give if each code always led
-    to the same one; code_none, the share of "none"; code_outcomes, the entropy of outcomes, "none"
-    among them, which the information cannot exceed.
-
-    Plug-in estimates from few samples are too high by about (filled cells - rows - columns + 1) /
-    2N (Miller-Madow), which is subtracted.
+    Returns the codes (codes, n_z) and outcome (codes, layouts), int: the subgoal that begins with
+    the first colour visited, or S, their number, for "none".
     """
     device = base.norm.weight.device
     starts = {subgoal[0]: i for i, subgoal in enumerate(world.subgoals)}
     layout = sample_layouts(world, rng, layouts)
     # Any wrong colour ends an episode, so a one-colour task is over at the first colour visited.
     task = world.subgoals[0][:1]
-    outcome = []
-    for z in torch.randn(codes, decoder.n_z, device=device).split(32):  # bounds the caches' memory
+    drawn, outcome = torch.randn(codes, decoder.n_z, device=device), []
+    for z in drawn.split(32):  # bounds the caches' memory
         things, agent = (np.tile(x, (len(z), *[1] * (x.ndim - 1))) for x in layout)
         state = {"z": z.repeat_interleave(layouts, dim=0)}  # (portion * layouts, n_z)
         data, _, _ = play(base, world, [task] * len(agent), rng, steer_by_code(decoder), state,
                           (things, agent))
         outcome += [starts.get(colour, len(starts)) for colour in first_colour(world, data)]
-    outcome = np.array(outcome).reshape(codes, layouts)
-    kinds = range(len(starts) + 1)  # the S subgoals, then "none"
-    table = np.stack([(outcome == g).sum(1) for g in kinds], axis=1)  # (codes, S+1) counts
+    return drawn, np.array(outcome).reshape(codes, layouts)
+
+
+def code_identity(outcome, subgoals):
+    """Does a code name a subgoal? Mutual information between a prior code and where it leads.
+
+    outcome: as from `code_outcomes`; subgoals: S. If codes name subgoals, a code leads to one
+    subgoal whatever the layout; if they name places, the outcome depends on the layout and the
+    information is near 0. Returns a dict: code_identity (nats); code_identity_max = ln S, what S
+    equally frequent subgoals would give if each code always led to the same one; code_none, the
+    share of "none"; code_outcomes, the entropy of outcomes, "none" among them, which the
+    information cannot exceed.
+
+    Plug-in estimates from few samples are too high by about (filled cells - rows - columns + 1) /
+    2N (Miller-Madow), which is subtracted.
+    """
+    # (codes, S + 1) counts: the S subgoals, then "none"
+    table = np.stack([(outcome == g).sum(1) for g in range(subgoals + 1)], axis=1)
     none = table[:, -1].sum() / table.sum()
     table = table[:, table.sum(0) > 0]
     joint = table / table.sum()
@@ -190,46 +198,67 @@ def code_identity(base, decoder, world, rng, codes=256, layouts=64):
     expected = joint.sum(1, keepdims=True) * marginal
     information = (joint * np.log(np.where(joint > 0, joint / expected, 1))).sum()
     bias = ((table > 0).sum() - table.shape[0] - table.shape[1] + 1) / (2 * table.sum())
-    return {"code_identity": float(information - bias), "code_identity_max": math.log(len(starts)),
+    return {"code_identity": float(information - bias), "code_identity_max": math.log(subgoals),
             "code_none": float(none), "code_outcomes": float(-(marginal * np.log(marginal)).sum())}
 
 
-def transplant(base, meta, world, rng, n, at):
-    """Code transplant (B.3.2): do codes that led to a colour lead to it elsewhere, when they are
-    put in after `at` steps?
+def donated_codes(base, meta, world, rng, n):
+    """Codes that led to a colour (B.3.2): {colour that begins a subgoal: codes (m, n_z)}. In n
+    episodes z is drawn from the prior at each opening of the gate; the code that is active at the
+    visit of the first colour is one for it."""
+    env = InternalEnvironment(meta, ask_prior, {}, n, world.T, rng, base.norm.weight.device)
+    # Any wrong colour ends an episode, so a one-colour task is over at the first colour visited.
+    task = world.subgoals[0][:1]
+    data, _, _ = play(base, world, [task] * n, rng, env, env.state)
+    colour = first_colour(world, data)  # (n,)
+    codes = env.codes[np.arange(n), data.length - 1]  # (n, n_z)
+    starts = [subgoal[0] for subgoal in world.subgoals]
+    return {c: codes[colour == c] for c in starts if (colour == c).any()}
 
-    Donors: n episodes under a code from the prior each, held from the start with the gate shut;
-    those that reach a colour give their code to it. NOT in paper, whose donors draw z anew at each
-    opening and give the code that is active at the visit. Recipients: n other worlds in which the
-    base model plays by itself, and goes on under a donor's code of a random colour from step `at`
-    on. Returns the share that visits this colour first, with the code and without, among the
-    recipients still playing at step `at` (without: the same worlds, other actions sampled).
+
+def transplant(base, meta, world, rng, n):
+    """Code transplant (B.3.2): do codes that led to a colour lead to it elsewhere?
+
+    In n other worlds the base model plays by itself and goes on under a donated code,
+        transplant: for a random colour, from step .06 T on (30 of the ant's 500, as in the paper);
+        unseen: for the second subgoal, when the first is finished, which no demonstration shows.
+    Returns a dict: for both, *_with and *_without, the share that visits the code's colour next,
+    with the code and in the same worlds without (other actions are sampled), and *_n, among how
+    many: those still playing then. Without donors a key is absent.
     """
     device = base.norm.weight.device
-    z = torch.randn(n, meta.n_z, device=device)
-    task = world.subgoals[0][:1]
-    data, _, _ = play(base, world, [task] * n, rng, steer_by_code(meta.decoder), {"z": z})
-    colour = first_colour(world, data)
-    # The colours that begin a subgoal and were reached.
-    giving = np.intersect1d(colour, [subgoal[0] for subgoal in world.subgoals])
-    if not len(giving):
-        return 0., 0.  # no code leads anywhere
-    wanted = rng.choice(giving, n)
-    donor = [rng.choice(np.flatnonzero(colour == c)) for c in wanted]
-    given = {"z": z[torch.tensor(donor, device=device)]}  # (n, n_z)
-    layouts = sample_layouts(world, rng, n)
+    given = donated_codes(base, meta, world, rng, n)
+    at, first, second = round(.06 * world.T), len(world.subgoals[0]), world.subgoals[1][0]
 
-    def put_in(e, reading, state, worlds, rows):
-        late = torch.from_numpy(worlds.steps[rows] >= at).to(device)[:, None]
-        return torch.where(late, meta.decoder(e, state["z"]), e)
+    def compared(key, tasks, late, playing):
+        """tasks (N,): their last colour is the code's; late(worlds), playing(data): (N,) bool, is
+        the code steering now, and was it ever to."""
+        drawn = [given[task[-1]] for task in tasks]  # each (m, n_z)
+        codes = torch.stack([codes[rng.integers(len(codes))] for codes in drawn])  # (N, n_z)
+        layouts = sample_layouts(world, rng, n)
 
-    rates = []
-    for steer in (put_in, lambda e, *rest: e):
-        tasks = [(c,) for c in wanted.tolist()]
-        data, success, _ = play(base, world, tasks, rng, steer, given, layouts)
-        playing = data.length > at
-        rates.append(float(success[playing].mean()) if playing.any() else 0.)
-    return tuple(rates)
+        def put_in(e, reading, state, worlds, rows):
+            now = torch.from_numpy(late(worlds)[rows]).to(device)[:, None]  # (rows, 1)
+            return torch.where(now, meta.decoder(e, state["z"]), e)
+
+        rates = {}
+        for name, steer in (("with", put_in), ("without", lambda e, *rest: e)):
+            data, success, _ = play(base, world, tasks, rng, steer, {"z": codes}, layouts)
+            among = playing(data)
+            rates[f"{key}_{name}"] = float(success[among].mean()) if among.any() else None
+            rates[f"{key}_n"] = int(among.sum())
+        return rates
+
+    rates = {}
+    if given:
+        tasks = [(c,) for c in rng.choice(list(given), n).tolist()]
+        rates |= compared("transplant", tasks, lambda worlds: worlds.steps >= at,
+                          lambda data: data.length > at)
+    if second in given:
+        tasks = [(*world.subgoals[0], second)] * n
+        rates |= compared("unseen", tasks, lambda worlds: worlds.progress >= first,
+                          lambda data: (data.progress * data.mask()).max(1) >= first)
+    return rates
 
 
 if __name__ == "__main__":  # the experiments need train.py, which needs this file

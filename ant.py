@@ -45,7 +45,6 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import parallel
-from analysis import transplant
 from config import Refused, world_of
 from envs import (
     PALETTE,
@@ -941,14 +940,10 @@ class Ant:
             raise Refused(f"{error}; the walker needs more --walker_updates") from None
 
     @staticmethod
-    def evaluated(run, base, meta, rng, n):
-        world, rows = world_of(run.cfg), {}
-        if meta is not None:
-            with_code, without = transplant(base, meta, world, rng, n, at=30)  # B.3.2
-            rows["transplant_with"] = "a colour's code put in at step 30 leads to it", with_code
-            rows["transplant_without"] = "the same without the code", without
-        rate = expert_success(run, expert(run), [world.post_task], n, noise=0)
-        return rows | {"expert_success": ("the ant's expert, mean action, told the task", rate)}
+    def evaluated(run, n):
+        task = world_of(run.cfg).post_task
+        rate = expert_success(run, expert(run), [task], n, noise=0)
+        return {"expert_success": ("the ant's expert, mean action, told the task", rate)}
 
     @staticmethod
     def decoded(data, logits):

@@ -4,6 +4,10 @@
            four lengths of base training, beside what could be known (the exact Bayes posterior)
   layers   C.3, Fig. 4: controllers of true subgoals at every layer, for three lengths; --layers 6
            or 8 for another depth, with an --out of its own
+  gates    Fig. 6, A3: the gate against true subgoals, on demonstrations and under the policy
+  codes    what a code means: where codes lead, and one of them on six boards
+  transplant  B.3.2: do codes that led to a colour lead to it elsewhere, and where demonstrations
+           never go
 
 Each is a table of cells; a cell is a line of runs/<preset>/seed<k>/<WHAT>.jsonl. What is there is
 not measured again, so an interrupted experiment goes on at the cell that it was in, and within it
@@ -18,6 +22,7 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -25,7 +30,17 @@ import torch.nn.functional as F
 import config
 import runs
 import train
-from envs import exact_bounds
+from analysis import (
+    code_identity,
+    code_outcomes,
+    gate_scores,
+    opened_by_subgoals,
+    steer_by_code,
+    transplant,
+)
+from envs import exact_bounds, sample_layouts
+from internal_rl import internal_episodes, play
+from metacontroller import BETA_THRESHOLD
 
 # ---------------------------------------------------------------------------------------- 1. cells
 
@@ -155,9 +170,113 @@ def layers(run):
     measured(run, "layers", cells, measure)
 
 
-# ---------------------------------------------------------------------------------- 4. command line
+# ------------------------------------------------------------- 4. gates, codes, transplant (B.3)
 
-EXPERIMENTS = {"probe": probe, "layers": layers}
+def gates(run, n=1000, shown=3):
+    """Fig. 6, A3: the gate against true subgoals, on demonstrations, and on the post-training task
+    under the policy of internal RL. Rows: where; analysis.gate_scores; analysis.opened_by_subgoals;
+    episodes, a list of {subgoal and beta of every step, arrivals: [step, colour], ...}."""
+    world = config.world_of(run.cfg)
+    base, meta, policy = train.rl(run)
+
+    def measure(where):
+        rng = runs.seed_everything(runs.EVAL_SEED, "eval", 9)
+        if where == "demonstrations":
+            data, _ = train.BODIES[run.cfg.body].examination(run, clean=True)
+            obs = torch.from_numpy(data.obs()).to(run.device)
+            noise = torch.randn(*data.action.shape[:2], meta.n_z, device=run.device)
+            with torch.no_grad():
+                reading = base.reading(base.lower(obs))
+                _, beta, _, _ = meta(reading, torch.from_numpy(data.length).to(run.device) + 1,
+                                     noise)
+        else:
+            data, _, env = internal_episodes(base, meta, world, rng, n, policy)
+            beta = env.gates[:, :data.action.shape[1]]
+        episodes = []
+        for k in range(shown):
+            T, progress = data.length[k], data.progress[k]
+            arrivals = [[t, int(data.target[k, t - 1])] for t in range(1, T)
+                        if progress[t] > progress[t - 1]]
+            episodes.append({"subgoal": data.subgoal[k, :T].tolist(), "arrivals": arrivals,
+                             "beta": [round(x, 3) for x in beta[k, :T].tolist()]})
+        true, mask = (torch.from_numpy(x).to(run.device) for x in (data.switches(), data.mask()))
+        return {**gate_scores(beta, true, mask), **opened_by_subgoals(data, beta),
+                "episodes": episodes}
+
+    measured(run, "gates", [{"where": "demonstrations"}, {"where": "policy"}], measure)
+
+
+def codes(run, shown=300, boards=6):
+    """What a code means. NOT in paper. One row:
+
+    plane: codes at openings of the gate on demonstrations, projected on their first two principal
+        components, and their true subgoal: a list of [x, y, subgoal]; explained: the two shares of
+        the variance.
+    confusion: codes from the prior are grouped by where they lead most often ("none" is the last
+        group); rows are groups, columns where their codes led in other worlds, shares; sizes: how
+        many codes a group has.
+    code_identity and so on, as analysis.code_identity.
+    boards: the code that leads most surely somewhere, held fixed in six worlds of side x side
+        cells: things, of which the first `colours` are no walls, and path (the agent's cells);
+        leads_to: its subgoal.
+    """
+    world = config.world_of(run.cfg)
+    base, meta = train.discover(run)
+
+    def measure():
+        rng = runs.seed_everything(runs.EVAL_SEED, "eval", 11)
+        data, _ = train.BODIES[run.cfg.body].examination(run, clean=True)
+        obs, length = (torch.from_numpy(x).to(run.device) for x in (data.obs(), data.length))
+        with torch.no_grad():
+            # The means, not samples: noise 0.
+            zeros = torch.zeros(*data.action.shape[:2], meta.n_z, device=run.device)
+            z, beta, _, _ = meta(base.reading(base.lower(obs)), length + 1, zeros)
+        opens = (beta > BETA_THRESHOLD).cpu().numpy() & data.mask()  # (N, T)
+        at_openings = z.cpu().numpy()[opens]  # (openings, n_z)
+        centred = at_openings - at_openings.mean(0)
+        _, sizes, axes = np.linalg.svd(centred, full_matrices=False)
+        plane = np.column_stack([centred @ axes[:2].T, data.subgoal[opens]])[:shown]
+
+        prior, outcome = code_outcomes(base, meta.decoder, world, rng)
+        S, half = len(world.subgoals), outcome.shape[1] // 2
+        counts = np.stack([(outcome[:, :half] == g).sum(1) for g in range(S + 1)], axis=1)
+        group = counts.argmax(1)  # (codes,) by one half of the worlds; looked at in the other
+        confusion = [[float((outcome[group == g, half:] == h).mean()) if (group == g).any() else 0.
+                      for h in range(S + 1)] for g in range(S + 1)]
+
+        best = counts[:, :S].max(1).argmax()
+        layouts = sample_layouts(world, rng, boards)
+        held = {"z": prior[best].expand(boards, -1)}
+        played, _, _ = play(base, world, [world.subgoals[0][:1]] * boards, rng,
+                            steer_by_code(meta.decoder), held, layouts)
+        paths = [{"things": played.things[n].tolist(),
+                  "path": played.agent[n, :played.length[n] + 1].tolist()} for n in range(boards)]
+        return {"plane": plane.round(3).tolist(),
+                "explained": (sizes[:2] ** 2 / (sizes ** 2).sum()).tolist(),
+                "confusion": confusion, "sizes": [int((group == g).sum()) for g in range(S + 1)],
+                **code_identity(outcome, S), "leads_to": int(group[best]), "boards": paths,
+                "side": world.G, "colours": world.O}
+
+    measured(run, "codes", [{}], measure)
+
+
+def transplanted(run, n=2000):
+    """B.3.2: one row, see analysis.transplant."""
+    world = config.world_of(run.cfg)
+    base, meta = train.discover(run)
+
+    def measure():
+        rng = runs.seed_everything(runs.EVAL_SEED, "eval", 12)
+        return transplant(base, meta, world, rng, n)
+
+    measured(run, "transplant", [{}], measure)
+
+
+# ---------------------------------------------------------------------------------- 5. command line
+
+EXPERIMENTS = {"probe": probe, "layers": layers, "gates": gates, "codes": codes,
+               "transplant": transplanted}
+FOR_ANY_BODY = ("gates", "transplant")
 
 
 def main(argv=None):
@@ -173,11 +292,12 @@ def main(argv=None):
         config.check(cfg, preset)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise config.Refused("the analyses are for one process")
-        if cfg.body != "point":
+        if cfg.body != "point" and args["what"] not in FOR_ANY_BODY:
             raise config.Refused(f"{args['what']} is for the grid so far")
         folder = Path(args["out"]) / args["preset"] / f"seed{cfg.seed}"
         run = runs.Run(cfg, args["preset"], folder)
-        runs.use_shipped(run, "base")
+        for name in ("walker", "base"):
+            runs.use_shipped(run, name)
         runs.choose_device(run)
         EXPERIMENTS[args["what"]](run)
     except config.Refused as refusal:

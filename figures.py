@@ -4,16 +4,17 @@ pictures into figures/grid-small/.
   1. curves     training losses against the exact bounds (envs.exact_bounds)
   2. success    success against episodes, linear and log axis, median and quartiles over seeds
                 (Fig. 8, A5)
-  3. gate       gate against true subgoals in example episodes (Fig. 6, A3)
-  4. film       a GIF of the agent at the post-training task, with its gate and its code
-  5. probes     what every layer knows of the subgoal (Fig. 3); 6. layers   C.3 by layer (Fig. 4)
-  7. results    results.json: the numbers of every seed, from the runs' own logs, and the table of
+  3. film       a GIF of the agent at the post-training task, with its gate and its code
+  4. analyses   what `python analysis.py WHAT` measured: probes (Fig. 3), layers (Fig. 4), gates
+                (Fig. 6, A3), codes, transplant (B.3.2)
+  5. results    results.json: the numbers of every seed, from the runs' own logs, and the table of
                 docs/results.md
 
-1, 3 and 4 are drawn from the .jsonl logs and .pt files of all seeds found; 2, 5 and 6 from
-results.json alone: without runs, from the one in assets/. What has no data is skipped, saying so.
-Nothing is trained.
+1 and 3 are drawn from the .jsonl logs and .pt files of all seeds found; 2 and 4 from results.json
+alone: without runs, from the one in assets/. What has no data is skipped, saying so. Nothing is
+trained.
 """
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -137,40 +138,7 @@ def draw_success(seeds, to):
     save(figure, to / "success.png")
 
 
-# ----------------------------------------------------------------------------- 3. gate (Fig. 6, A3)
-
-def draw_gate(folder, to, episodes=4):
-    run = train.open_run(folder, "meta")
-    base, meta = train.discover(run)
-    seed_everything(EVAL_SEED, "eval", 9)
-    data, _ = train.BODIES[run.cfg.body].examination(run, clean=True)
-    data = data[np.arange(episodes)]
-    with torch.no_grad():
-        reading = base.reading(base.lower(torch.from_numpy(data.obs())))
-        noise = torch.randn(*data.subgoal.shape, meta.n_z)
-        _, beta, _, _ = meta(reading, torch.from_numpy(data.length) + 1, noise)
-    figure, axes = plt.subplots(episodes, 1, figsize=(8, 1.25 * episodes), sharex=True, sharey=True)
-    subgoals = ["-".join(map(str, subgoal)) for subgoal in world_of(run.cfg).subgoals]
-    for n, axis in enumerate(axes):
-        T = data.length[n]
-        begin = np.flatnonzero(np.diff(data.subgoal[n, :T], prepend=-1))  # (subgoals,)
-        for a, b in zip(begin, [*begin[1:], T]):
-            k = data.subgoal[n, a]
-            axis.axvspan(a - .5, b - .5, color=PALETTE[k % len(PALETTE)] / 255, alpha=.3, lw=0)
-            axis.text((a + b - 1) / 2, 1.08, subgoals[k], ha="center", va="bottom", fontsize=8)
-        # A bar for each step, so that two openings side by side are two. The first is open by
-        # construction: an outline.
-        axis.bar(np.arange(1, T), beta[n, 1:T].numpy(), width=.7, color="black")
-        axis.bar(0, 1, width=.7, color="none", edgecolor="black")
-        axis.axhline(BETA_THRESHOLD, color="black", ls=":", lw=.5)
-        axis.set(ylabel="gate", ylim=(0, 1.05), xlim=(-.5, data.length.max() - .5))
-        axis.set_yticks([0, .5, 1])
-    axes[-1].set_xlabel("step (background and number: true subgoal; outline: open by construction)")
-    figure.subplots_adjust(hspace=.45)
-    save(figure, to / "gate.png")
-
-
-# ------------------------------------------------------------------------------------------ 4. film
+# ------------------------------------------------------------------------------------------ 3. film
 
 def draw_film(folder, to):
     run = train.open_run(folder, "policy")
@@ -217,7 +185,10 @@ def film(path, body, world, data, n, env, end):
     print(f"wrote {path}")
 
 
-# ------------------------------------------------------- 5. probes (Fig. 3), 6. layers (Fig. 4)
+# -------------------------------------------------------------------------------------- 4. analyses
+
+# Each draws the rows of one analysis, of all seeds, as experiments.py describes them; a row has the
+# seed that it was measured on.
 
 def shades(n):
     """n blues, light to dark: for what is ordered, such as lengths of training."""
@@ -238,9 +209,12 @@ def by_layer(axis, rows, key, label):
     axis.set(xlabel="layer (0: the embedding)", ylabel=label, xticks=range(len(middle)))
 
 
-def draw_probes(seeds, to):
+def measured_on(rows):
+    return seeds_of({row["seed"] for row in rows})
+
+
+def draw_probes(rows, to):
     """C.2. At the lines' ends: optimiser steps of the base."""
-    rows = [row for seed in seeds for row in seed.get("probe", [])]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
     chance, best = (np.median([row[key] for row in rows]) for key in ("chance_subgoal",
                                                                       "bayes_subgoal"))
@@ -249,20 +223,17 @@ def draw_probes(seeds, to):
         axes[0].annotate(text, (0, height), fontsize=8, va="bottom")
     by_layer(axes[0], rows, "subgoal", "accuracy of a linear probe")
     by_layer(axes[1], rows, "action", "accuracy of a linear probe")
-    measured = [seed for seed in seeds if seed.get("probe")]
-    axes[0].set_title(f"which subgoal is it in? ({seeds_of(measured)})")
+    axes[0].set_title(f"which subgoal is it in? ({measured_on(rows)})")
     axes[1].set_title("which action is next?")
     figure.subplots_adjust(wspace=.55)
     save(figure, to / "probes.png")
 
 
-def draw_layers(seeds, to):
+def draw_layers(rows, to):
     """C.3. Left: success; right, the longest base: legs that demonstrations show, and others."""
-    rows = [row for seed in seeds for row in seed.get("layers", [])]
     found = {}  # (seed, base_steps) -> its rows in the order of layers
-    for k, seed in enumerate(seeds):
-        for row in seed.get("layers", []):
-            found.setdefault((k, row["base_steps"]), []).append(row)
+    for row in rows:
+        found.setdefault((row["seed"], row["base_steps"]), []).append(row)
     tables = []
     for (_, steps), cells in found.items():
         cells = sorted(cells, key=lambda row: row["layer"])
@@ -283,13 +254,118 @@ def draw_layers(seeds, to):
     axes[1].set(xlabel="layer (0: the embedding)", ylabel="success of a leg", ylim=(0, 1),
                 xticks=range(len(middle)), title=f"legs, base of {longest:,} steps")
     label_ends(axes[1], ends, .06)
-    measured = [seed for seed in seeds if seed.get("layers")]
-    axes[0].set(title=f"true-subgoal controllers ({seeds_of(measured)})", ylim=(0, 1))
+    axes[0].set(title=f"true-subgoal controllers ({measured_on(rows)})", ylim=(0, 1))
     figure.subplots_adjust(wspace=.55)
     save(figure, to / "layers.png")
 
 
-# --------------------------------------------------------------------------------------- 7. results
+def colour_of(subgoal):
+    return PALETTE[subgoal % len(PALETTE)] / 255
+
+
+def draw_gates(rows, to):
+    """Fig. 6, A3, of the first seed. Background: the true subgoal, with the colour that is reached
+    written where it is reached."""
+    rows = [row for row in rows if row["seed"] == rows[0]["seed"]]
+    panels = [(row["where"], episode) for row in rows for episode in row["episodes"]]
+    figure, axes = plt.subplots(len(panels), 1, figsize=(8, 1.15 * len(panels)), sharey=True)
+    titles = {"demonstrations": "demonstrations of the pretraining tasks",
+              "policy": "the post-training task, under the policy of internal RL"}
+    for k, (axis, (where, episode)) in enumerate(zip(axes, panels)):
+        subgoal, beta, T = np.array(episode["subgoal"]), episode["beta"], len(episode["beta"])
+        begin = np.flatnonzero(np.diff(subgoal, prepend=-1))  # (subgoals,)
+        for a, b in zip(begin, [*begin[1:], T]):
+            axis.axvspan(a - .5, b - .5, color=colour_of(subgoal[a]), alpha=.3, lw=0)
+        for t, colour in episode["arrivals"]:
+            axis.text(t, 1.08, str(colour), ha="center", va="bottom", fontsize=8)
+        # A bar for each step, so that two openings side by side are two. The first is open by
+        # construction: an outline.
+        axis.bar(np.arange(1, T), beta[1:], width=.7, color="black")
+        axis.bar(0, 1, width=.7, color="none", edgecolor="black")
+        axis.axhline(BETA_THRESHOLD, color="black", ls=":", lw=.5)
+        axis.set(ylabel="gate", ylim=(0, 1.05), xlim=(-.5, T - .5), yticks=[0, .5, 1])
+        if k == 0 or where != panels[k - 1][0]:
+            axis.set_title(titles[where], fontsize=9, loc="left", pad=14)
+    axes[-1].set_xlabel("step (background: true subgoal; number: a colour was reached just before; "
+                        "outline: open by construction)")
+    figure.subplots_adjust(hspace=.9)
+    save(figure, to / "gates.png")
+
+
+def draw_codes(rows, to):
+    """What codes mean, of the first seed: the codes of demonstrations in the plane, where codes
+    from the prior lead, and one code on several boards."""
+    row = rows[0]
+    figure = plt.figure(figsize=(11, 6.4))
+    above, below = figure.subfigures(2, 1, height_ratios=(1.5, 1))
+    plane, table = above.subplots(1, 2)
+    S = len(row["confusion"]) - 1
+    x, y, subgoal = np.array(row["plane"]).T
+    for k in range(S):
+        own = subgoal == k
+        plane.scatter(x[own], y[own], s=9, color=colour_of(k))
+        plane.text(np.median(x[own]), np.median(y[own]), str(k), weight="bold", fontsize=13)
+    first, second = row["explained"]
+    plane.set(title="codes of demonstrations, by true subgoal", xlabel=f"component 1 ({first:.0%})",
+              ylabel=f"component 2 ({second:.0%})")
+    table.imshow(row["confusion"], cmap="Blues", vmin=0, vmax=1)
+    for (a, b), share in np.ndenumerate(np.array(row["confusion"])):
+        table.text(b, a, f"{share:.2f}", ha="center", va="center", fontsize=8,
+                   color="white" if share > .6 else "black")
+    names = [*map(str, range(S)), "none"]
+    groups = [f"{name} ({size})" for name, size in zip(names, row["sizes"])]
+    table.set(title="codes from the prior: where they lead, shares", xlabel="subgoal",
+              ylabel="group (codes in it)")
+    table.set_xticks(range(S + 1), names)
+    table.set_yticks(range(S + 1), groups)
+    for axis, board in zip(below.subplots(1, len(row["boards"])), row["boards"]):
+        path, side = np.array(board["path"]), row["side"]
+        for k, cell in enumerate(board["things"]):
+            wall = k >= row["colours"]
+            shade = (.3, .3, .3) if wall else colour_of(k)
+            axis.add_patch(plt.Rectangle((cell % side - .5, cell // side - .5), 1, 1, color=shade))
+            if not wall:
+                axis.text(cell % side, cell // side, str(k), color="white", ha="center",
+                          va="center", fontsize=8)
+        axis.plot(path % side, path // side, color="black", lw=1.5)
+        axis.plot(path[0] % side, path[0] // side, "o", color="black")
+        axis.set(xlim=(-.5, side - .5), ylim=(side - .5, -.5), aspect="equal", xticks=[], yticks=[])
+    below.suptitle(f"one code, held fixed on {len(row['boards'])} boards; it is of group "
+                   f"{row['leads_to']}. Dot: start", fontsize=10)
+    save(figure, to / "codes.png")
+
+
+def draw_transplant(rows, to):
+    """B.3.2: every seed, with Wilson intervals of 95%."""
+    figure, axis = plt.subplots(figsize=(6, 3.2))
+    kinds = [("transplant", "a random colour's code,\nput in midway"),
+             ("unseen", "after subgoal 0, the code of 1:\nnever demonstrated")]
+    for x, (kind, _) in enumerate(kinds):
+        for k, (given, colour) in enumerate((("without", "black"), ("with", COLOURS[0]))):
+            for j, row in enumerate(row for row in rows if row.get(f"{kind}_{given}") is not None):
+                rate, n = row[f"{kind}_{given}"], row[f"{kind}_n"]
+                low, high = wilson(rate, n)
+                place = x + .3 * k + .06 * j
+                axis.errorbar(place, rate, [[rate - low], [high - rate]], fmt="o", color=colour)
+            axis.text(x + .3 * k, -.04, f"{given}\nthe code", color=colour, va="top", fontsize=8)
+    axis.set(ylim=(0, 1), xlim=(-.3, len(kinds) - .3), ylabel="visits the colour next", xticks=[],
+             title=f"codes of other episodes, put in ({measured_on(rows)})")
+    for x, (_, text) in enumerate(kinds):
+        axis.text(x + .15, .97, text, ha="center", va="top", fontsize=9)
+    save(figure, to / "transplant.png")
+
+
+def wilson(rate, n, z=1.96):
+    """Wilson's interval of 95% for a share of n: (low, high)."""
+    middle, half = rate + z * z / 2 / n, z * (rate * (1 - rate) / n + z * z / 4 / n / n) ** .5
+    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
+
+ANALYSES = {"probe": draw_probes, "layers": draw_layers, "gates": draw_gates, "codes": draw_codes,
+            "transplant": draw_transplant}
+
+
+# --------------------------------------------------------------------------------------- 5. results
 
 def seed_results(folder):
     """The numbers of one seed, for results.json. None where something has not been run.
@@ -298,7 +374,7 @@ def seed_results(folder):
     code_none: shares. code_identity: share of ln S. *_success: share of fresh episodes of the
     post-training task; rl_success_normalised: divided by the ant's expert's. nll: of the base, nats
     per action; right_turns*: see ant.right_turns. gate_*: see analysis.opened_at_arrivals.
-    *_curve: lists of [episodes, success]. probe, layers: lists of rows, see experiments.py.
+    *_curve: lists of [episodes, success].
     kl_open, kl_shut: nats per step. *_episodes: episodes trained on. raw_unchanged: raw RL's
     weights are still the base's, bit for bit: no episode was ever rewarded. minutes: the path of
     `--stage rl`, rivals but raw excluded, demonstrations included and the walker not;
@@ -330,8 +406,7 @@ def seed_results(folder):
         "switch_f1_1": meta.get("f1_1"), "switch_f1_5": meta.get("f1_5"),
         **{key: meta.get(key) for key in ("undecided", "kl_open", "kl_shut", "code_none")},
         "code_identity": identity and identity / meta["code_identity_max"],
-        **{key: plain.get(key) for key in ("transplant_with", "transplant_without", "code_success",
-                                           "rl_success")},
+        **{key: plain.get(key) for key in ("code_success", "rl_success")},
         "rl_success_normalised": normalised, "rl_episodes": last["policy"].get("episodes"),
         "gate_next_door": plain.get("gate_next_door"),
         "gate_elsewhere": plain.get("gate_elsewhere"), "raw_success": plain.get("raw_success"),
@@ -344,11 +419,8 @@ def seed_results(folder):
         if ready(folder, name):
             numbers[key] = [[line["episodes"], line["eval_success"]]
                             for line in read_log(folder, name)]
-    for what in ("probe", "layers"):
-        if (folder / f"{what}.jsonl").exists():
-            numbers[what] = read_log(folder, what)
     own = ("expert_success", "nll", "right_turns", "right_turns_bayes", "right_turns_blind",
-           "switch_f1_5", "transplant_with", "transplant_without", "rl_success_normalised")
+           "switch_f1_5", "rl_success_normalised")
     skipped = ("bayes_gap_closed",) if "right_turns" in base else own
     return {key: value for key, value in numbers.items() if key not in skipped}
 
@@ -371,8 +443,6 @@ ROWS = {
     "kl_shut": ("KL per step, gate shut, nats", "{:.2f}"),
     "code_identity": ("code identity, share of ln S", "{:.1%}"),
     "code_none": ("codes that lead nowhere", "{:.1%}"),
-    "transplant_with": ("transplanted code (B.3.2), success", "{:.3f}"),
-    "transplant_without": ("the same without the code", "{:.3f}"),
     "code_success": ("codes from the prior, success", "{:.4f}"),
     "rl_success": ("**internal RL, success**", "{:.3f}"),
     "rl_success_normalised": ("divided by the expert's", "{:.3f}"),
@@ -392,13 +462,20 @@ ROWS = {
 
 def write_results(folders, preset, to):
     """Put these seeds into this preset's entry of results.json, print the entry as a table and
-    return it. Other seeds and presets stay as they are.
+    return it, and the preset's analyses. Other seeds and presets stay as they are.
 
     Of a seed that the file knows, a folder in which only rivals were evaluated adds their numbers,
     and rivals that it lacks keep theirs.
     """
     path = to / "results.json"
     results = json.loads(path.read_text()) if path.exists() else {}
+    analyses = results.setdefault("analyses", {}).setdefault(preset, {})
+    for what, folder in itertools.product(ANALYSES, folders):
+        seed = int(folder.name.removeprefix("seed"))
+        new = [{"seed": seed, **row} for row in read_log(folder, what)]
+        if new:
+            others = [row for row in analyses.get(what, []) if row["seed"] != seed]
+            analyses[what] = sorted(others + new, key=lambda row: row["seed"])
     known = {seed["seed"]: seed for seed in results.get(preset, {}).get("seeds", [])}
     for folder in folders:
         new = seed_results(folder)
@@ -409,7 +486,6 @@ def write_results(folders, preset, to):
         else:
             rest = {key: x for key, x in new.items() if key not in RIVAL_KEYS or key not in old}
             known[new["seed"]] = old | rest | rivals
-        known[new["seed"]] |= {key: new[key] for key in ("probe", "layers") if key in new}
     seeds = [known[k] for k in sorted(known)]
     results[preset] = {"seeds": seeds}
     path.write_text(json.dumps(results, indent=1) + "\n")
@@ -420,7 +496,7 @@ def write_results(folders, preset, to):
             cells = ["not run" if seed.get(key) is None else form.format(seed[key])
                      for seed in seeds]
             print(f"| {title} | " + " | ".join(cells) + " |")
-    return seeds
+    return seeds, analyses
 
 
 def main(argv=None):
@@ -431,8 +507,8 @@ def main(argv=None):
                         "for each preset, the pictures")
     args = parser.parse_args(argv)
     folders = sorted((Path(args.out) / args.preset).glob("seed*"))
-    shipped = json.loads((ASSETS / "results.json").read_text()).get(args.preset)
-    if not folders and not shipped:
+    shipped = json.loads((ASSETS / "results.json").read_text())
+    if not folders and args.preset not in shipped:
         print(f"figures.py: nothing in {Path(args.out) / args.preset}; run train.py --preset "
               f"{args.preset} first", file=sys.stderr)
         return 2
@@ -440,14 +516,21 @@ def main(argv=None):
     pictures = to / args.preset
     pictures.mkdir(parents=True, exist_ok=True)
     try:
-        seeds = write_results(folders, args.preset, to) if folders else shipped["seeds"]
-        for draw, what in ((draw_success, "rl_curve"), (draw_probes, "probe"),
-                           (draw_layers, "layers")):
-            if any(what in seed for seed in seeds):
-                draw(seeds, pictures)
+        if folders:
+            seeds, analyses = write_results(folders, args.preset, to)
+        else:
+            seeds = shipped[args.preset]["seeds"]
+            analyses = shipped.get("analyses", {}).get(args.preset, {})
+        if any("rl_curve" in seed for seed in seeds):
+            draw_success(seeds, pictures)
+        else:
+            print("draw_success: no curves in results.json, skipped")
+        for what, draw in ANALYSES.items():
+            if what in analyses:
+                draw(analyses[what], pictures)
             else:
                 print(f"{draw.__name__}: nothing in results.json, skipped")
-        for draw, name in ((draw_curves, "base"), (draw_gate, "meta"), (draw_film, "policy")):
+        for draw, name in ((draw_curves, "base"), (draw_film, "policy")):
             # Only finished checkpoints: an unfinished one would be trained on.
             have = [folder for folder in folders if ready(folder, name)]
             if not have:

@@ -125,8 +125,8 @@ class Grid:
         return {**bounds, "gap_closed": (np.log(4) - nll) / (np.log(4) - bounds["bayes"])}
 
     @staticmethod
-    def evaluated(run, base, meta, rng, n):
-        """More rows for `evaluate`, key -> (text, rate). meta: None, if it is not trained."""
+    def evaluated(run, n):
+        """More rows for `evaluate`, of n episodes: key -> (text, rate)."""
         return {}
 
     @staticmethod

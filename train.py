@@ -39,6 +39,7 @@ import ant
 import parallel
 from analysis import (
     code_identity,
+    code_outcomes,
     control_loss,
     control_success,
     gate_scores,
@@ -427,14 +428,15 @@ def discovered(run, base, meta, data, test, bounds, alpha):
     noise = torch.randn(*test["mask"].shape, cfg.n_z, device=run.device)
     with torch.no_grad(), autocast(run):
         _, out = discovery_loss(base, meta, test["obs"], test["action"], test["mask"], noise, alpha)
-    identity = code_identity(base, meta.decoder, world, rng, **BODIES[cfg.body].identity)
+    _, outcome = code_outcomes(base, meta.decoder, world, rng, **BODIES[cfg.body].identity)
     _, success, _ = internal_episodes(base, meta, world, rng, cfg.eval_episodes)
     per_episode = test["mask"].sum(1).float().mean().item()
     metrics = {"alpha": alpha, "nll": out["nll"].item(), "bayes": bounds.get("bayes"),
                "known": bounds.get("known"), "kl_per_episode": out["kl"].item() * per_episode,
                **kl_by_gate(out["kl_steps"], out["beta"], test["mask"]),
                **gate_scores(out["beta"], test["switches"], test["mask"]),
-               **opened_by_subgoals(data, out["beta"]), **identity,
+               **opened_by_subgoals(data, out["beta"]),
+               **code_identity(outcome, len(world.subgoals)),
                "code_success": success.mean().item()}
     T = int(data.length[0])
     text = ("subgoal " + "".join(map(str, data.subgoal[0, :T])),
@@ -551,7 +553,6 @@ def evaluate(run):
     def has(name):
         return finished(run, name)
 
-    meta = None
     if not kind and has("base"):
         base, rng = pretrain(run), fresh()
         # Blind success is rare: 20 times as many episodes.
@@ -565,7 +566,7 @@ def evaluate(run):
         rate = internal_episodes(base, meta, world, fresh(), n)[1].mean()
         rows["code_success"] = "codes from the prior, before RL", rate
     if not kind and has("base"):
-        rows |= body.evaluated(run, base, meta, fresh(), n)
+        rows |= body.evaluated(run, n)
     if has("policy" + kind):
         title = {"": "internal RL", "-forced": "internal RL, forced switching",
                  "-cotrain": "internal RL, co-trained base"}[kind]

@@ -12,6 +12,7 @@ from test_metacontroller import batch, frozen_base
 import analysis
 from analysis import (
     code_identity,
+    code_outcomes,
     control_loss,
     control_success,
     gate_scores,
@@ -31,6 +32,7 @@ from envs import (
     sample_layouts,
     simulate,
 )
+from internal_rl import InternalEnvironment
 from metacontroller import Decoder
 from model import action_nll
 
@@ -108,7 +110,9 @@ def test_true_subgoal_controllers_are_switched_at_the_right_moments():
 def test_code_identity_of_real_rollouts_of_an_untrained_decoder_is_nothing():
     base, meta, _ = parts()
     decoder = Decoder(3, 32, 4)  # too weak to steer
-    measured = code_identity(base, decoder, WORLD, rng(), codes=64, layouts=32)
+    codes, outcome = code_outcomes(base, decoder, WORLD, rng(), codes=64, layouts=32)
+    assert codes.shape == (64, 3) and outcome.shape == (64, 32)
+    measured = code_identity(outcome, 4)
     assert abs(measured["code_identity"]) < 0.03 and measured["code_identity_max"] == math.log(4)
 
 
@@ -129,7 +133,8 @@ def test_code_identity_knows_names_from_places(monkeypatch):
             return data, None, None
 
         monkeypatch.setattr(analysis, "play", fake_play)
-        return code_identity(base, meta.decoder, world, np.random.default_rng(1))
+        _, outcome = code_outcomes(base, meta.decoder, world, np.random.default_rng(1))
+        return code_identity(outcome, len(world.subgoals))
 
     quadrant = lambda z: (z[:, 0] > 0) * 2 + (z[:, 1] > 0)
     by_name = outcome_by(lambda z, things, rng: quadrant(z))
@@ -151,51 +156,62 @@ def test_code_identity_knows_names_from_places(monkeypatch):
     assert half["code_outcomes"] < math.log(2) + 1e-6
 
 
-def test_transplanted_codes_act_from_their_step_on_and_are_compared_with_none(monkeypatch):
-    """A world in which the sign of z_1 alone decides which of two colours is visited, if the
-    code is in use; else one is visited at random."""
-    base, meta, _ = parts()
-    calls = []
+def planted_play(calls):
+    """A world in which the sign of z_1 alone decides which of the colours 0 and 2, which begin
+    subgoals, is visited next, if the code is in use; else one is visited at random. Some end
+    before any code is put in."""
 
-    def fake_play(base, world, tasks, rng, steer, state, layouts=None):
+    def play(base, world, tasks, rng, steer, state, layouts=None):
         things, agent = layouts or sample_layouts(world, rng, len(tasks))
-        e, rows = torch.ones(len(tasks), 32), np.arange(len(tasks))
-        acts_at = [
-            not torch.equal(
-                steer(e, e, state, SimpleNamespace(steps=np.full(len(rows), t)), rows), e
-            )
-            for t in (0, 4, 5, 9)
-        ]
-        calls.append(acts_at)
-        colour = (
-            (state["z"][:, 0].numpy() > 0).astype(int)
-            if acts_at[-1]
-            else rng.integers(2, size=len(tasks))
-        )
-        length = np.where(rows % 4 == 0, 3, 8)  # some end before the code is put in
-        cells = np.stack([agent] * 8 + [agent], axis=1)
+        N = len(tasks)
+        e, rows = torch.ones(N, 32), np.arange(N)
+        done, acts = np.zeros(N, bool), []
+        for steps, progress in ((0, 0), (1, 0), (2, 0), (9, 0), (1, 2)):
+            now = np.full(N, steps)
+            worlds = SimpleNamespace(steps=now, progress=np.full(N, progress), done=done)
+            acts.append(not torch.equal(steer(e, e, state, worlds, rows), e))
+        calls.append(acts)
+        length = np.where(rows % 4 == 0, 1, 5)
+        drawn = isinstance(steer, InternalEnvironment)
+        z = steer.codes[rows, length - 1] if drawn else state["z"]  # that of the visit
+        by_code = (z[:, 0].numpy() > 0) * 2
+        colour = by_code if drawn or any(acts) else 2 * rng.integers(2, size=N)
+        cells = np.stack([agent] * 6, axis=1)
         cells[rows, length] = things[rows, colour]
-        return (
-            SimpleNamespace(agent=cells, length=length, things=things),
-            colour == np.array([task[0] for task in tasks]),
-            None,
-        )
+        progress = np.zeros((N, 5), int)
+        progress[rows % 3 == 0, 1:] = 2  # a third have finished the first subgoal
+        data = SimpleNamespace(agent=cells, length=length, things=things, progress=progress,
+                               mask=lambda: np.arange(5) < length[:, None])
+        return data, colour == np.array([task[-1] for task in tasks]), None
 
-    monkeypatch.setattr(analysis, "play", fake_play)
-    with_code, without = transplant(base, meta, WORLD, rng(), 400, at=5)
+    return play
+
+
+def test_transplanted_codes_act_when_they_should_and_are_compared_with_none(monkeypatch):
+    world, calls = World(G=7, O=8, W=0, T=30, task_set="pairs"), []
+    base, meta, _ = parts()
+    monkeypatch.setattr(analysis, "play", planted_play(calls))
+    rates = transplant(base, meta, world, rng(), 600)
+    never = [False] * 5
     assert calls == [
-        [True] * 4,
-        [False, False, True, True],
-        [False] * 4,
-    ]  # donors; recipients from step 5 on; none
-    assert with_code == 1.0 and abs(without - 0.5) < 0.1
+        [True] * 5,  # donors: always
+        [False, False, True, True, False],  # from step .06 * 30 = 2 on
+        never,
+        [False] * 4 + [True],  # once both colours of the first subgoal are visited
+        never,
+    ]
+    assert rates["transplant_with"] == rates["unseen_with"] == 1.0
+    assert abs(rates["transplant_without"] - 0.5) < 0.1 > abs(rates["unseen_without"] - 0.5)
+    # Those which end at step 1 are not counted, nor those that never finish the first subgoal.
+    assert rates["transplant_n"] == 450 and rates["unseen_n"] == 150
 
 
 def test_an_untrained_decoder_transplants_nothing():
     base, meta, _ = parts()
     meta.decoder = Decoder(3, 32, 4)  # too weak to steer
-    with_code, without = transplant(base, meta, WORLD, rng(), 600, at=2)
-    assert 0 < without < 0.5 and abs(with_code - without) < 0.1
+    rates = transplant(base, meta, WORLD, rng(), 600)
+    assert 0 < rates["transplant_without"] < 0.5
+    assert abs(rates["transplant_with"] - rates["transplant_without"]) < 0.1
 
 
 def test_the_kl_is_told_apart_by_the_gate():

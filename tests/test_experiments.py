@@ -1,5 +1,8 @@
 """The paper's analyses: cells are measured once, and an interrupted experiment goes on."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 import torch
 
@@ -15,11 +18,15 @@ from experiments import Probes, all_streams, unseen_legs
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     cfg = train.dataclasses.replace(
-        config.PRESETS["smoke"], base_steps=16, control_steps=3, eval_episodes=20, threads=1
+        config.PRESETS["smoke"], base_steps=16, control_steps=3, meta_steps=20, rl_updates=2,
+        rl_batch=16, eval_episodes=20, threads=1
     )
     one = runs.Run(cfg, "smoke", tmp_path_factory.mktemp("runs") / "seed0")
     experiments.probe(one, steps=30)
     experiments.layers(one)
+    experiments.gates(one, n=50)
+    experiments.codes(one)
+    experiments.transplanted(one, n=100)
     return one
 
 
@@ -67,6 +74,35 @@ def test_the_unseen_transitions_of_a1():
     assert unseen_legs(singles) == [False, True, True, True, True]
 
 
+def test_what_the_gates_figure_shows_is_what_happened(run):
+    """Arrivals are the true switches, as every colour of this world is a subgoal; the shares are
+    those of the gates."""
+    for row in runs.read_log(run.folder, "gates"):
+        for episode in row["episodes"]:
+            subgoal, arrivals = episode["subgoal"], dict(episode["arrivals"])
+            assert len(episode["beta"]) == len(subgoal) and episode["beta"][0] == 1
+            changes = [t for t in range(1, len(subgoal)) if subgoal[t] != subgoal[t - 1]]
+            assert set(changes) <= set(arrivals)
+            assert all(arrivals[t] == subgoal[t - 1] for t in changes)
+        assert row["opens_inside"] is None and 0 <= row["opens_subgoal_end"] <= 1
+
+
+def test_codes_are_grouped_in_one_half_of_the_worlds_and_looked_at_in_the_other(
+    run, tmp_path, monkeypatch
+):
+    """Codes that lead anywhere at random, whatever group chance puts them in, are seen to."""
+    trained = train.discover(run)
+    monkeypatch.setattr(train, "discover", lambda _: trained)
+    monkeypatch.setattr(
+        experiments,
+        "code_outcomes",
+        lambda base, decoder, world, rng: (torch.randn(400, 8), rng.integers(4, size=(400, 64))),
+    )
+    experiments.codes(dataclasses.replace(run, folder=tmp_path))
+    (row,) = runs.read_log(tmp_path, "codes")
+    assert np.allclose(row["confusion"], 1 / 4, atol=0.05) and sum(row["sizes"]) == 400
+
+
 def test_the_ant_is_refused(capsys, tmp_path):
     assert experiments.main(["probe", "--preset", "ant-small", "--out", str(tmp_path)]) == 2
     assert "is for the grid so far" in capsys.readouterr().err
@@ -80,7 +116,8 @@ def test_the_figures_are_drawn_from_the_results_alone(run, tmp_path, monkeypatch
         figures.main(["--preset", "smoke", "--out", str(tmp_path / "runs"), "--to", str(tmp_path)])
         == 0
     )
-    drawn = [tmp_path / "smoke" / f"{name}.png" for name in ("probes", "layers")]
+    drawn = [tmp_path / "smoke" / f"{name}.png" for name in (
+        "probes", "layers", "gates", "codes", "transplant")]
     assert all(path.exists() for path in drawn)
     for path in drawn:
         path.unlink()
