@@ -91,8 +91,11 @@ class Config:
     meta_rank: int = option(16, "meta", "rank of the decoder's controllers; 0 = full matrix")
     decoder_hidden: int = option(32, "meta", "hidden units of the decoder")
     read: int = option(0, "meta", "layer that is read, if above the controlled one")
-    gate: str = option("soft", "meta", "soft or gumbel (E.1); forced is what --rival forced sets")
+    gate: str = option("soft", "meta", "soft or gumbel (E.1); what rivals set: forced, compile")
     joint: bool = option(False, "meta", "what --rival cotrain sets")
+    segments: int = option(4, "meta", "M, most segments of an episode (--rival compile)")
+    segment_rate: int = option(10, "meta", "a segment's length, prior (--rival compile)")
+    alpha_b: float = option(1., "meta", "weight of the KL of ends, in alphas (--rival compile)")
     alpha: float = option(0.17, "meta", "weight of the KL")
     alpha_start: int = option(0, "meta", "steps before alpha begins to grow from 0")
     alpha_ramp: int = option(1500, "meta", "steps over which alpha, and shuffle, then grow")
@@ -141,12 +144,13 @@ DEPENDS = {"walker": ("walker",), "base": _BASE, "control": (*_BASE, "split", "c
            "raw": (*_BASE, "rl", "raw")}
 STEPS = {"walker": "walker_updates", "base": "base_steps", "control": "control_steps",
          "meta": "meta_steps", "policy": "rl_updates", "raw": "rl_updates"}
-CHOICES = {"gate": ("soft", "gumbel", "forced"), "mixer": ("attention", "hawk"),
+CHOICES = {"gate": ("soft", "gumbel", "forced", "compile"), "mixer": ("attention", "hawk"),
            "dtype": ("auto", "float32", "bfloat16"), "device": ("auto", "cpu", "cuda"),
            "compile": ("auto", "off", "inductor", "cudagraphs")}
 MAY_BE_ZERO = ("W", "layer", "splice", "shuffle", "join", "lam", "eps", "alpha", "alpha_start",
-               "alpha_ramp", "read", "rank", "meta_rank", "warmup", "decay", "save_seconds", "seed",
-               "threads", "thin", "forget", "keep", "base_wd", "control_wd", "meta_wd")
+               "alpha_ramp", "alpha_b", "read", "rank", "meta_rank", "warmup", "decay",
+               "save_seconds", "seed", "threads", "thin", "forget", "keep", "base_wd",
+               "control_wd", "meta_wd")
 SHARES = ("decay", "splice", "shuffle", "join", "thin", "forget", "keep")
 
 

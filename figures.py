@@ -36,10 +36,12 @@ from metacontroller import BETA_THRESHOLD
 from runs import ASSETS, EVAL_SEED, finished, load_checkpoint, read_log, seed_everything
 
 METHODS = {"policy": "internal RL", "policy-forced": "forced switching",
-           "policy-cotrain": "co-training", "raw": "raw-action RL"}
+           "policy-cotrain": "co-training", "policy-compile": "CompILE", "raw": "raw-action RL"}
 CURVES = {"policy": "rl_curve", "policy-forced": "forced_curve",
-          "policy-cotrain": "cotrain_curve", "raw": "raw_curve"}
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00")  # told apart by colour-blind readers, too
+          "policy-cotrain": "cotrain_curve", "policy-compile": "compile_curve",
+          "raw": "raw_curve"}
+# Told apart by colour-blind readers, too.
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00")
 
 
 def ready(folder, name):
@@ -125,7 +127,8 @@ def draw_success(seeds, to):
     label_ends(axes[0], ends, .12)
     shown = 0
     for key, (label, colour) in zip(("rl_success", "forced_success", "cotrain_success",
-                                     "raw_success"), zip(METHODS.values(), COLOURS)):
+                                     "compile_success", "raw_success"),
+                                    zip(METHODS.values(), COLOURS)):
         values = [seed[key] for seed in seeds if seed.get(key) is not None]
         if values:
             axes[2].plot([shown] * len(values), values, "o", color=colour, alpha=.6, clip_on=False)
@@ -246,7 +249,7 @@ def draw_layers(rows, to):
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
     by_layer(axes[0], tables, "success", "success, post-training task")
     longest, ends = max(row["base_steps"] for row in rows), []
-    for name, colour in (("seen", COLOURS[2]), ("unseen", COLOURS[3])):
+    for name, colour in (("seen", COLOURS[2]), ("unseen", COLOURS[4])):
         values = np.array([table[name] for table in tables if table["base_steps"] == longest])
         middle = np.median(values, axis=0)
         axes[1].plot(range(len(middle)), middle, color=colour, marker="o", clip_on=False)
@@ -413,6 +416,7 @@ def seed_results(folder):
         "raw_episodes": last["raw"].get("episodes"), "raw_unchanged": unchanged,
         "forced_success": read("eval-forced.json").get("rl_success"),
         "cotrain_success": read("eval-cotrain.json").get("rl_success"),
+        "compile_success": read("eval-compile.json").get("rl_success"),
         "blind_success": plain.get("blind_success"), "minutes": seconds / 60,
         "base_minutes": base.get("seconds", 0) / 60}
     for name, key in CURVES.items():
@@ -426,7 +430,8 @@ def seed_results(folder):
 
 
 # Of rivals, evaluated by themselves, see train.evaluate.
-RIVAL_KEYS = ("forced_success", "cotrain_success", "forced_curve", "cotrain_curve")
+RIVAL_KEYS = tuple(f"{rival}_{what}" for rival in ("forced", "cotrain", "compile")
+                   for what in ("success", "curve"))
 ROWS = {
     "bayes_gap_closed": ("base: share of the gap to Bayes closed", "{:.1%}"),
     "nll": ("base: NLL, nats per action", "{:.2f}"),
@@ -454,6 +459,7 @@ ROWS = {
     "raw_unchanged": ("raw-action RL left the base's weights as they were", "{}"),
     "forced_success": ("forced switching, success", "{:.4f}"),
     "cotrain_success": ("co-training, success", "{:.4f}"),
+    "compile_success": ("CompILE, success", "{:.4f}"),
     "blind_success": ("blind sampling, success", "{:.5f}"),
     "minutes": ("minutes", "{:.0f}"),
     "base_minutes": ("of these, the base", "{:.0f}"),

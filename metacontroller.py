@@ -14,8 +14,9 @@
 The encoder alone sees the future; it says "what will be wanted" in few nats. Switch and decoder are
 causal, so that they serve in acting, too, where a policy takes the encoder's place.
 
-Bottom-up: 1. Decoder (Eq. 11, 18)   2. Metacontroller (D.2)   3. the discovery loss (Eq. 9)
-Paper sections: C.4, D.2, E.1; Table A9.
+Bottom-up: 1. Decoder (Eq. 11, 18)   2. Metacontroller (D.2)   3. CompILE, a rival (C.4.3)
+4. the discovery loss (Eq. 9)
+Paper sections: C.4, D.2, E.1; Tables A9, A11.
 
 Glossary (name -> symbol -> shape; B batch, T time, D width n_e, r rank)
   e         e_t,l: the residual stream. `Decoder` gets it at the controlled layer and writes there;
@@ -30,6 +31,8 @@ Glossary (name -> symbol -> shape; B batch, T time, D width n_e, r rank)
   alpha     weight of the KL                            scalar
   H_s, H_d  hidden units of switch and decoder
 """
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -208,12 +211,99 @@ class Metacontroller(nn.Module):
         return beta, self.gru(e[:, None], h[None])[1][0]  # (B, 1, D) -> (1, B, n_h) -> (B, n_h)
 
 
-# ------------------------------------------------------------------------ 3. discovery loss (Eq. 9)
+# ------------------------------------------------------------------- 3. CompILE, a rival (C.4.3)
 
 def kl_to_prior(mu, logvar):
     """KL(N(mu, Sigma) || N(0, I)) in nats, summed over the code: (..., n_z) -> (...). Eq. 8."""
     return .5 * (mu ** 2 + logvar.exp() - 1 - logvar).sum(-1)
 
+
+class CompILE(nn.Module):
+    """Kipf et al. 2019, as C.4.3 adapts it: the sequence is cut into at most M segments, each with
+    a code; in place of gate and encoder of the Metacontroller, the decoder is the same.
+
+    For each segment i in turn the encoder reads what lies behind b_i-1, the end of the one before,
+    and says where this one ends, b_i, by Gumbel-softmax over the observations, and what its code
+    is, from what it reads there. b_0 is the first observation, b_M the last.
+
+    encoder: a copy of the base, of which the first half is used: it reads the raw input.
+    segments: M; rate: of the prior of a segment's length, Poisson; temperature: of the softmax;
+    alpha_b: weight of the KL of the ends, as a multiple of alpha, that of the codes.
+
+    NOT in paper, which is silent: what lies before the segment is hidden by a factor on the
+    embedding (Kipf: on the LSTM's state); a segment's prior counts from the end of the one before;
+    and in acting, where no future is seen, a segment is `rate` steps long.
+    """
+    gate, n_h = "compile", 1
+
+    def __init__(self, encoder, n_z=8, segments=4, rate=10, temperature=.5, alpha_b=1., hidden=32,
+                 rank=16, decoder_hidden=32):
+        super().__init__()
+        self.encoder, self.n_z, self.segments, self.rate = encoder, n_z, segments, rate
+        self.temperature, self.alpha_b = temperature, alpha_b
+        width = encoder.norm.weight.numel()
+        self.end = mlp(width, hidden, 1, scale=1.)
+        self.code = mlp(width, hidden, 2 * n_z, scale=1.)
+        nn.init.constant_(self.code[-1].bias[n_z:], -3.)  # as in the Metacontroller
+        self.decoder = Decoder(n_z, width, rank, decoder_hidden)
+
+    def prior(self, begin, last):
+        """ln p of where a segment ends: begin (B, T+1), where it begins, as probabilities; last
+        (B, 1) the last observation, which gets what lies beyond it -> (B, T+1)."""
+        T1 = begin.shape[1]
+        t = torch.arange(T1, device=begin.device)
+        steps = (t - t[:, None]).float()  # (T+1, T+1): from row to column
+        poisson = steps * math.log(self.rate) - self.rate - torch.lgamma(steps.clamp(min=0) + 1)
+        ends = begin @ torch.where(steps > 0, poisson.exp(), 0.)  # (B, T+1)
+        ends = ends * (t < last)
+        ends = ends + (t == last) * (1 - ends.sum(1, keepdim=True))
+        return ends.clamp(min=1e-8).log()
+
+    def forward(self, obs, mask, noise):
+        """obs (B, T+1, K), mask (B, T), noise (B, T, n_z) -> z (B, T, n_z), beta (B, T): does a
+        segment begin here, kl_steps (B, T): the KL of each segment, counted where it begins."""
+        B, T = mask.shape
+        t = torch.arange(T + 1, device=mask.device)
+        last = mask.sum(1, keepdim=True)  # (B, 1)
+        end = (t == last).float()  # (B, T+1)
+        begin = (t == 0).float().expand(B, -1)  # (B, T+1)
+        embedded, z, beta, kl_steps = self.encoder.embed(obs), 0., 0., 0.
+        for i in range(self.segments):
+            begun = begin.cumsum(1)  # (B, T+1): does t lie behind the segment's beginning?
+            e = self.encoder.through(0, self.encoder.layer, embedded * begun[..., None], None, None)
+            # An end lies behind the beginning, and is no later than the last observation.
+            possible = F.pad(begun[:, :-1], (1, 0)) + end
+            logits = self.end(e)[..., 0].float() + possible.clamp(1e-8, 1).log()  # (B, T+1)
+            logits = logits.masked_fill(t > last, -1e4)
+            kl_end = 0.
+            if i == self.segments - 1:
+                ends = end
+            else:
+                logp = logits.log_softmax(1)
+                kl_end = (logp.exp() * (logp - self.prior(begin, last))).sum(1)  # (B,)
+                if self.training:
+                    uniform = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
+                    gumbel = -(-uniform.log()).log()
+                    ends = ((logits + gumbel) / self.temperature).softmax(1)  # (B, T+1)
+                else:
+                    ends = F.one_hot(logits.argmax(1), T + 1).float()
+            read = (ends[..., None] * e).sum(1)  # (B, T+1, 1) * (B, T+1, D) -> (B, D)
+            mu, logvar = self.code(read).float().chunk(2, dim=-1)  # (B, n_z) each
+            code = mu + noise[:, i % T] * (logvar / 2).exp()
+            inside = begun * (1 - ends.cumsum(1))  # (B, T+1)
+            z = z + inside[:, :T, None] * code[:, None]
+            beta = beta + begin[:, :T]
+            kl = kl_to_prior(mu, logvar) + self.alpha_b * kl_end  # (B,)
+            kl_steps = kl_steps + begin[:, :T] * kl[:, None]
+            begin = ends
+        return z, beta, kl_steps
+
+    def switch_step(self, e, h, z):
+        """As Metacontroller.switch_step; h (B, 1) counts the steps."""
+        return (h[:, 0] % self.rate == 0).float(), h + 1
+
+
+# ------------------------------------------------------------------------ 4. discovery loss (Eq. 9)
 
 def discovery_loss(base, meta, obs, action, mask, noise, alpha, view=None):
     """Eq. 9 with lambda = 0 (Table A9), averaged over the steps that exist.
@@ -235,15 +325,18 @@ def discovery_loss(base, meta, obs, action, mask, noise, alpha, view=None):
     """
     # s sees the last observation too, after the last action. NOT in paper, which is silent:
     # without it the colour of the last subgoal is never seen to be reached.
-    e = base.lower(obs)  # (B, T+1, D); the base is frozen, except in the co-training rival
-    z, beta, mu, logvar = meta(base.reading(e), mask.sum(1) + 1, noise)
+    e = base.lower(obs)  # (B, T+1, D); the base is frozen, except in the rivals of C.4.2, C.4.3
+    if meta.gate == "compile":
+        z, beta, kl_steps = meta(obs, mask, noise)
+    else:
+        z, beta, mu, logvar = meta(base.reading(e), mask.sum(1) + 1, noise)
+        kl_steps = kl_to_prior(mu, logvar)  # (B, T)
     if view is None:
         e, codes, scored = e[:, :-1], z, mask  # nothing is decided at the last observation
     else:
         e, action, scored = base.lower(view["obs"]), view["action"], view["mask"]
         codes = z[view["row"], view["step"]]  # (B, T, n_z): the code of each step of the view
     nll = masked_mean(action_nll(base.action_logits(meta.decoder(e, codes)), action), scored)
-    kl_steps = kl_to_prior(mu, logvar)  # (B, T)
     # E.1: relaxed, the KL counts at every step; exact, where the gate is open. NOT in paper: the
     # NLL is averaged over the steps of the view that are scored, the KL over all steps of the
     # episode, so that a view of which a share p is scored makes alpha act like p alpha.

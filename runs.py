@@ -126,7 +126,9 @@ def write_atomically(path, content):
 
 def suffix(run):
     """The rivals keep their own files beside the metacontroller's."""
-    return "-cotrain" if run.cfg.joint else "-forced" if run.cfg.gate == "forced" else ""
+    if run.cfg.joint:
+        return "-cotrain"
+    return f"-{run.cfg.gate}" if run.cfg.gate in ("forced", "compile") else ""
 
 
 def fingerprint(run, name):

@@ -10,7 +10,8 @@
 A stage whose input is missing trains it first, or takes it from assets/ if it is shipped (not with
 --fresh); a finished one is reused; an interrupted one goes on where it was, bit for bit (runs.py).
 `--rival forced`: beta = 1 from stage 2 on (C.4.1); `cotrain`: base and metacontroller together on
-the loss of stage 2 (C.4.2); `raw`: raw-action RL alone (C.5.3).
+the loss of stage 2 (C.4.2); `compile`: CompILE in the metacontroller's place (C.4.3); `raw`:
+raw-action RL alone (C.5.3).
 
 Bottom-up: 1. episodes and batches   2. views: what is steered   3. what every stage uses
 4. the stages   5. the command line. What can be set, and the presets: config.py
@@ -59,7 +60,7 @@ from config import (
 )
 from grid import Grid
 from internal_rl import Policy, internal_episodes, internal_rl_step, play, raw_rl_step
-from metacontroller import BETA_THRESHOLD, Decoder, Metacontroller, discovery_loss
+from metacontroller import BETA_THRESHOLD, CompILE, Decoder, Metacontroller, discovery_loss
 from model import SequenceModel, pretraining_loss
 from runs import (
     EVAL_SEED,
@@ -259,8 +260,14 @@ def new_base(run):
     return model.to(run.device)
 
 
-def new_metacontroller(run):
+def new_metacontroller(run, base):
+    """base: which CompILE copies."""
     cfg = run.cfg
+    if cfg.gate == "compile":
+        meta = CompILE(copy.deepcopy(base).requires_grad_(True), cfg.n_z, cfg.segments,
+                       cfg.segment_rate, alpha_b=cfg.alpha_b, rank=cfg.meta_rank,
+                       decoder_hidden=cfg.decoder_hidden)
+        return meta.to(run.device)
     meta = Metacontroller(cfg.width, n_z=cfg.n_z, n_h=cfg.n_h, n_s=cfg.n_s, rank=cfg.meta_rank,
                           gate=cfg.gate, encoder_hidden=cfg.encoder_hidden,
                           decoder_hidden=cfg.decoder_hidden, switch_hidden=cfg.switch_hidden,
@@ -376,9 +383,10 @@ def discover(run):
     cfg, body, world = run.cfg, BODIES[run.cfg.body], world_of(run.cfg)
     parent = None if cfg.joint and body.expert(run) is None else pretrain(run)
     seed_everything(cfg.seed, "init", 2)
-    meta = new_metacontroller(run)
+    meta = new_metacontroller(run, parent)
     learner, base = meta, parent  # learner: what stage 2 trains
-    if cfg.joint:  # C.4.2: from scratch on the grid, from the pretrained base for the ant
+    # C.4.2: from scratch on the grid, from the pretrained base for the ant. C.4.3: from it.
+    if cfg.joint or cfg.gate == "compile":
         base = new_base(run) if parent is None else copy.deepcopy(parent).requires_grad_(True)
         learner = torch.nn.ModuleDict({"base": base, "meta": meta})
     optimizer = adamw(learner.parameters(), cfg.meta_lr, cfg.meta_wd)
@@ -538,7 +546,7 @@ def raw(run):
 def evaluate(run):
     """Success of everything whose training has ended, on the same fresh episodes of the
     post-training task (an expert: on others of it), and what else is measured by playing. Printed,
-    and written to eval.json (a rival's: eval-forced.json, eval-cotrain.json)."""
+    and written to eval.json (a rival's: eval-forced.json and so on)."""
     run = dataclasses.replace(run, extend=False)
     cfg, world, kind = run.cfg, world_of(run.cfg), suffix(run)
     n, body = cfg.eval_episodes, BODIES[run.cfg.body]
@@ -569,7 +577,8 @@ def evaluate(run):
         rows |= body.evaluated(run, n)
     if has("policy" + kind):
         title = {"": "internal RL", "-forced": "internal RL, forced switching",
-                 "-cotrain": "internal RL, co-trained base"}[kind]
+                 "-cotrain": "internal RL, co-trained base",
+                 "-compile": "internal RL on CompILE"}[kind]
         base, meta, policy = rl(run)
         data, success, env = internal_episodes(base, meta, world, fresh(), n, policy)
         rows["rl_success"] = title, success.mean()
@@ -600,14 +609,14 @@ def evaluate(run):
 
 STAGES = {"expert": lambda run: BODIES[run.cfg.body].expert(run), "pretrain": pretrain,
           "control": control, "discover": discover, "rl": rl, "eval": evaluate}
-RIVALS = ("none", "raw", "forced", "cotrain")
+RIVALS = ("none", "raw", "forced", "cotrain", "compile")
 # Which checkpoints a stage reads or writes, besides the expert's.
 NEEDS = {"expert": (), "pretrain": ("base",), "control": ("base", "control"),
          "discover": ("base", "meta"), "rl": ("base", "control", "meta", "policy", "raw"),
          "eval": ("base", "control", "meta", "policy", "raw")}
 # Which of these a rival writes (so that --fresh deletes them), and whether it reads the base.
 WRITES = {"none": NEEDS["rl"], "raw": ("raw",), "forced": ("meta", "policy"),
-          "cotrain": ("meta", "policy")}
+          "cotrain": ("meta", "policy"), "compile": ("meta", "policy")}
 
 
 def open_run(folder, name):
@@ -633,7 +642,7 @@ def parse(argv, complaints=sys.stderr):
                         "paper's sizes, one GPU [grid-small]")
     parser.add_argument("--rival", choices=RIVALS, default="none",
                         help="raw: raw-action RL alone; forced: beta = 1 from stage 2 on; "
-                        "cotrain: base and metacontroller trained together")
+                        "cotrain: base and metacontroller trained together; compile: CompILE")
     parser.add_argument("--out", default="runs", help="folder for checkpoints and logs [runs]")
     parser.add_argument("--fresh", action="store_true", help="first delete the checkpoints of the "
                         "stage and of its inputs; with --rival, only the rival's own")
@@ -642,13 +651,14 @@ def parse(argv, complaints=sys.stderr):
         args = vars(parser.parse_args(argv))
     preset = PRESETS[args["preset"]]
     cfg, stage, rival = configured(args, preset), args["stage"], args["rival"]
-    if cfg.gate == "forced" or cfg.joint:
-        raise Refused("--gate forced and --joint True are what --rival forced and --rival cotrain "
-                      "do: use these")
+    if cfg.gate in ("forced", "compile") or cfg.joint:
+        raise Refused("--gate forced, --gate compile and --joint True are what --rival forced, "
+                      "--rival compile and --rival cotrain do: use these")
     check(cfg, preset)
     body = BODIES[cfg.body]
     body.check(cfg)
-    cfg.gate, cfg.joint = "forced" if rival == "forced" else cfg.gate, rival == "cotrain"
+    cfg.gate = rival if rival in ("forced", "compile") else cfg.gate
+    cfg.joint = rival == "cotrain"
     if stage == "expert" and not body.checkpoints:
         raise Refused("--stage expert trains the ant's walker; the grid's experts need no training")
     alone = rival == "raw" and stage not in ("rl", "eval")

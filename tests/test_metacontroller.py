@@ -1,12 +1,15 @@
 """Controllers and the metacontroller: what is written, what may be read, where gradients go."""
 
+import copy
+import math
+
 import numpy as np
 import pytest
 import torch
 
 from envs import World, generate
 from grid import grid_parts
-from metacontroller import Decoder, Metacontroller, discovery_loss, kl_to_prior
+from metacontroller import CompILE, Decoder, Metacontroller, discovery_loss, kl_to_prior
 from model import SequenceModel, action_nll
 from train import view_of
 
@@ -333,3 +336,88 @@ def test_gumbel_gate_is_binary_and_pays_only_where_it_opens():
     )
     meta.eval()  # no noise: the same gates twice
     assert torch.equal(loss_of(base, meta, data)[1]["beta"], loss_of(base, meta, data)[1]["beta"])
+
+
+# CompILE, a rival (C.4.3)
+
+
+def compile_module(segments=4, rate=3, seed=1):
+    torch.manual_seed(seed)
+    base = frozen_base()
+    encoder = copy.deepcopy(base).requires_grad_(True)
+    return base, CompILE(encoder, n_z=3, segments=segments, rate=rate, rank=4, decoder_hidden=16)
+
+
+def test_compile_cuts_an_episode_into_segments_of_one_code_each():
+    base, module = compile_module()
+    data = batch(40)
+    noise = torch.randn(*data["action"].shape, 3)
+    z, beta, kl_steps = module.eval()(data["obs"], data["mask"], noise)
+    begins = (z[:, 1:] != z[:, :-1]).any(-1) & data["mask"][:, 1:]  # (B, T-1)
+    assert (beta[:, 0] == 1).all() and set(beta[data["mask"]].tolist()) == {0.0, 1.0}
+    assert torch.equal(begins, (beta[:, 1:] == 1) & data["mask"][:, 1:])
+    inside = beta * data["mask"]
+    assert inside.sum(1).max() <= 4 and begins.any()
+    # The KL is paid where a segment begins, and nowhere else.
+    assert torch.equal(kl_steps[data["mask"]] > 0, beta[data["mask"]] == 1)
+    # In training the ends are relaxed: shares of segments, which sum to one at every step.
+    module.train()
+    mixed = module(data["obs"], data["mask"], torch.zeros_like(noise))[0]
+    assert (mixed[:, 1:] != mixed[:, :-1]).any(-1)[data["mask"][:, 1:]].all()
+
+
+def test_compile_does_not_see_padding_or_what_lies_before_a_segment():
+    base, module = compile_module()
+    module.eval()
+    data = batch(12)
+    noise = torch.randn(*data["action"].shape, 3)
+    z, beta, kl = module(data["obs"], data["mask"], noise)
+    n = int(data["mask"].sum(1).argmin())
+    T = int(data["mask"][n].sum())
+    alone = module(data["obs"][n:n + 1, :T + 1], data["mask"][n:n + 1, :T], noise[n:n + 1, :T])
+    for whole, own in zip((z, beta, kl), alone):
+        assert torch.allclose(whole[n, :T], own[0], atol=1e-5)
+    # The code of the last segment does not depend on where the agent was before it began.
+    k = next(k for k in range(12) if beta[k, 3:][data["mask"][k, 3:]].any())
+    begin = int((beta[k] * data["mask"][k]).nonzero()[-1])
+    changed = data["obs"].clone()
+    with torch.no_grad():
+        module.end[-1].weight.mul_(0)  # the ends themselves must not move
+        fixed = module(changed, data["mask"], noise)
+        begin = int((fixed[1][k] * data["mask"][k]).nonzero()[-1])
+        changed[k, :begin] = changed[k, begin]
+        moved = module(changed, data["mask"], noise)
+    assert begin > 0 and torch.equal(fixed[1], moved[1])
+    assert torch.allclose(fixed[0][k, begin:], moved[0][k, begin:], atol=1e-5)
+    assert not torch.allclose(fixed[0][k, :begin], moved[0][k, :begin], atol=1e-3)
+
+
+def test_the_prior_of_a_segments_length_is_poisson_from_its_beginning():
+    _, module = compile_module(rate=3)
+    begin = torch.zeros(2, 12)
+    begin[0, 0] = begin[1, 4] = 1.0
+    p = module.prior(begin, torch.tensor([[11], [9]])).exp()
+    assert torch.allclose(p.sum(1), torch.ones(2), atol=1e-4)
+    poisson = [math.exp(-3) * 3**k / math.factorial(k) for k in range(12)]
+    assert torch.allclose(p[0, 1:11], torch.tensor(poisson[1:11]), atol=1e-5)
+    assert torch.allclose(p[1, 5:9], torch.tensor(poisson[1:5]), atol=1e-5)
+    assert p[0, 0] < 1e-6 and p[1, :5].max() < 1e-6 and p[1, 10:].max() < 1e-6
+    assert torch.isclose(p[1, 9], 1 - torch.tensor(poisson[1:5]).sum(), atol=1e-5)
+
+
+def test_the_loss_of_compile_reaches_every_part_and_acting_opens_at_the_priors_rate():
+    base, module = compile_module(rate=3)
+    data = batch(20)
+    noise = torch.randn(*data["action"].shape, 3)
+    base.requires_grad_(True)
+    loss, out = loss_of(base, module.train(), data, 0.1, noise)
+    loss.backward()
+    used = [*module.end.parameters(), *module.code.parameters(), *module.decoder.parameters()]
+    used += [*module.encoder.blocks[0].parameters(), *base.blocks[1].parameters()]
+    assert all(p.grad.abs().max() > 0 for p in used)
+    e, h, z = torch.randn(2, 32), torch.zeros(2, 1), torch.randn(2, 3)
+    opens = []
+    for _ in range(7):
+        beta, h = module.switch_step(e, h, z)
+        opens.append(beta.tolist())
+    assert opens == [[float(t % 3 == 0)] * 2 for t in range(7)]
