@@ -103,6 +103,7 @@ class Config:
     meta_batch: int = option(512, "meta", "episodes per step")
     meta_lr: float = option(1e-3, "meta", "learning rate")
     meta_wd: float = option(0.03, "meta", "weight decay")
+    meta_seed: int = option(0, "meta", "another metacontroller on the same base")
 
     # Not in "world": base, controllers and metacontroller serve every post-training task.
     post_task: str = option("", "rl", "task of RL, such as 0-1-2; empty: the task set's own")
@@ -150,7 +151,7 @@ CHOICES = {"gate": ("soft", "gumbel", "forced", "compile"), "mixer": ("attention
 MAY_BE_ZERO = ("W", "layer", "splice", "shuffle", "join", "lam", "eps", "alpha", "alpha_start",
                "alpha_ramp", "alpha_b", "read", "rank", "meta_rank", "warmup", "decay",
                "save_seconds", "seed", "threads", "thin", "forget", "keep", "base_wd",
-               "control_wd", "meta_wd")
+               "control_wd", "meta_wd", "meta_seed")
 SHARES = ("decay", "splice", "shuffle", "join", "thin", "forget", "keep")
 
 

@@ -4,6 +4,8 @@
            four lengths of base training, beside what could be known (the exact Bayes posterior)
   layers   C.3, Fig. 4: controllers of true subgoals at every layer, for three lengths; --layers 6
            or 8 for another depth, with an --out of its own
+  ablate   B.2, Fig. A2: the base's length, weight decay, lambda and the experts' noise, by C.3
+  rate     C.6, Fig. 7: KL against NLL over alpha, base frozen or trained along
   gates    Fig. 6, A3: the gate against true subgoals, on demonstrations and under the policy
   codes    what a code means: where codes lead, and one of them on six boards
   transplant  B.3.2: do codes that led to a colour lead to it elsewhere, and where demonstrations
@@ -51,9 +53,9 @@ def variant(run, **changes):
     return dataclasses.replace(run, cfg=cfg, folder=run.folder / name, names=(), kept={})
 
 
-def with_length(run, steps):
-    """The run whose base was trained for `steps` steps: this one, or a variant."""
-    return run if steps == run.cfg.base_steps else variant(run, base_steps=steps)
+def but_for(run, field, value):
+    """The run with this value of one field: this one, or a variant."""
+    return run if value == getattr(run.cfg, field) else variant(run, **{field: value})
 
 
 def lengths(run, parts):
@@ -112,7 +114,7 @@ def probe(run, steps=2000, batch=128, lr=3e-3):
     world = config.world_of(run.cfg)
 
     def measure(base_steps):
-        one = with_length(run, base_steps)
+        one = but_for(run, "base_steps", base_steps)
         base = train.pretrain(one)
         data, _ = train.BODIES[one.cfg.body].examination(one, clean=True)
         test = train.tensors(one, data)
@@ -156,7 +158,7 @@ def layers(run):
     """C.3 at every layer, read where it is written. Rows: base_steps, layers, layer; success, nll,
     success_by_leg, unseen (which legs no demonstration shows)."""
     def measure(base_steps, layers, layer):
-        parent = with_length(run, base_steps)
+        parent = but_for(run, "base_steps", base_steps)
         one = variant(parent, layer=layer, read=layer)
         train.pretrain(parent)
         runs.copy_checkpoint("base", parent.folder, one.folder)  # it does not depend on the layer
@@ -170,7 +172,62 @@ def layers(run):
     measured(run, "layers", cells, measure)
 
 
-# ------------------------------------------------------------- 4. gates, codes, transplant (B.3)
+# --------------------------------------------------------------------------------- 4. ablate (B.2)
+
+def ablate(run):
+    """Fig. A2: C.3 on bases that were trained otherwise. Rows: field, value; gap_closed of the
+    base; success, success_by_leg of the controllers."""
+    values = {"base_steps": lengths(run, (4, 2, 1)), "base_wd": (0., .03, .1, .3),
+              "lam": (0., .001, .01, .1), "eps": (0., .1, .2, .4)}
+
+    def measure(field, value):
+        one = but_for(run, field, value)
+        train.control(one)
+        gap = runs.read_log(one.folder, "base")[-1]["gap_closed"]
+        last = runs.read_log(one.folder, "control")[-1]
+        return {"gap_closed": gap, **{key: last[key] for key in ("success", "success_by_leg")}}
+
+    cells = [{"field": field, "value": value} for field in values for value in values[field]]
+    measured(run, "ablate", cells, measure)
+
+
+# ----------------------------------------------------------------------------------- 5. rate (C.6)
+
+ALPHAS = (.01, .03, .1, .3, 1., 3.)
+
+
+def rate(run, seeds=3):
+    """Fig. 7: what the code costs against what it buys, with the Gumbel gate, on a frozen base and
+    with the base trained together with the metacontroller (C.4.2), which sees as many episodes as
+    base and metacontroller together. Rows: arm, alpha, meta_seed; nll and kl (nats per step, on
+    plain episodes), switches and true_switches (per episode), f1, aligned (F1 above .9: a rule, not
+    a look), opens_subgoal_end, opens_inside, code_identity.
+
+    NOT in paper: alpha grows from 0, and the base of the first arm is this run's.
+    """
+    cfg = run.cfg
+    more = round(cfg.base_steps * cfg.base_batch / cfg.meta_batch)
+    arms = {"frozen": {}, "cotrained": {"joint": True, "meta_steps": cfg.meta_steps + more}}
+
+    def measure(arm, alpha, meta_seed):
+        one = variant(run, gate="gumbel", alpha=alpha, meta_seed=meta_seed, **arms[arm])
+        if arm == "frozen":
+            train.pretrain(run)
+            runs.copy_checkpoint("base", run.folder, one.folder)
+        train.discover(one)
+        last = runs.read_log(one.folder, "meta" + runs.suffix(one))[-1]
+        data, _ = train.BODIES[cfg.body].examination(run, clean=True)
+        kept = ("nll", "switches", "true_switches", "f1", "opens_subgoal_end", "opens_inside",
+                "code_identity")
+        return {**{key: last[key] for key in kept}, "aligned": last["f1"] > .9,
+                "kl": last["kl_per_episode"] / float(data.length.mean())}
+
+    cells = [{"arm": arm, "alpha": alpha, "meta_seed": k}
+             for k in range(seeds) for arm in arms for alpha in ALPHAS]
+    measured(run, "rate", cells, measure)
+
+
+# ------------------------------------------------------------- 6. gates, codes, transplant (B.3)
 
 def gates(run, n=1000, shown=3):
     """Fig. 6, A3: the gate against true subgoals, on demonstrations, and on the post-training task
@@ -272,10 +329,10 @@ def transplanted(run, n=2000):
     measured(run, "transplant", [{}], measure)
 
 
-# ---------------------------------------------------------------------------------- 5. command line
+# ---------------------------------------------------------------------------------- 7. command line
 
-EXPERIMENTS = {"probe": probe, "layers": layers, "gates": gates, "codes": codes,
-               "transplant": transplanted}
+EXPERIMENTS = {"probe": probe, "layers": layers, "ablate": ablate, "rate": rate, "gates": gates,
+               "codes": codes, "transplant": transplanted}
 FOR_ANY_BODY = ("gates", "transplant")
 
 

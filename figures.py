@@ -198,15 +198,21 @@ def shades(n):
     return [plt.get_cmap("Blues")(.35 + .6 * k / max(n - 1, 1)) for k in range(n)]
 
 
+def median_line(axis, x, values, colour):
+    """The median of values (seeds, points) over x, with quartiles."""
+    low, middle, high = np.quantile(np.array(values), (.25, .5, .75), axis=0)
+    axis.plot(x, middle, color=colour, marker="o", clip_on=False)
+    axis.fill_between(x, low, high, color=colour, alpha=.25, lw=0)
+    return middle
+
+
 def by_layer(axis, rows, key, label):
     """One line for each length of base training: the median over seeds of `key`, a list over
     layers, and the quartiles. rows: of all seeds."""
     steps, ends = sorted({row["base_steps"] for row in rows}), []
     for length, colour in zip(steps, shades(len(steps))):
-        values = np.array([row[key] for row in rows if row["base_steps"] == length])  # (seeds, L+1)
-        low, middle, high = np.quantile(values, (.25, .5, .75), axis=0)
-        axis.plot(range(len(middle)), middle, color=colour, marker="o", clip_on=False)
-        axis.fill_between(range(len(middle)), low, high, color=colour, alpha=.25, lw=0)
+        values = [row[key] for row in rows if row["base_steps"] == length]  # (seeds, L+1)
+        middle = median_line(axis, range(len(values[0])), values, colour)
         ends.append((middle[-1], f"{length:,} steps", colour))
     label_ends(axis, ends, .06)
     axis.set(xlabel="layer (0: the embedding)", ylabel=label, xticks=range(len(middle)))
@@ -260,6 +266,63 @@ def draw_layers(rows, to):
     axes[0].set(title=f"true-subgoal controllers ({measured_on(rows)})", ylim=(0, 1))
     figure.subplots_adjust(wspace=.55)
     save(figure, to / "layers.png")
+
+
+def by_seed(rows, key, value):
+    """{seed: [value of each row, in the order of key]}: rows of a table -> (seeds, points)."""
+    found = {}
+    for row in sorted(rows, key=lambda row: row[key]):
+        found.setdefault((row["seed"], row.get("meta_seed", 0)), []).append(row[value])
+    whole = max(map(len, found.values()))
+    return [line for line in found.values() if len(line) == whole]
+
+
+def draw_ablations(rows, to):
+    """Fig. A2: C.3 success against what the base was trained with; at equal distances."""
+    labels = {"base_steps": "steps of base training", "base_wd": "weight decay",
+              "lam": "weight of the observation loss", "eps": "random actions of the expert"}
+    figure, axes = plt.subplots(1, len(labels), figsize=(13, 3.2), sharey=True)
+    for axis, (field, label) in zip(axes, labels.items()):
+        own = [row for row in rows if row["field"] == field]
+        values = sorted({row["value"] for row in own})
+        median_line(axis, range(len(values)), by_seed(own, "value", "success"), COLOURS[0])
+        axis.set_xticks(range(len(values)), [f"{value:,g}" for value in values])
+        axis.set(xlabel=label, ylim=(0, 1))
+    axes[0].set_ylabel("C.3 success, post-training task")
+    axes[0].set_title(measured_on(rows), fontsize=10, loc="left")
+    save(figure, to / "ablations.png")
+
+
+def draw_rate(rows, to):
+    """Fig. 7, and how often the gate opens. Filled: F1 above .9; numbers: alpha."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    ends = []
+    for (arm, text), colour in zip((("frozen", "frozen base"), ("cotrained", "co-trained")),
+                                   COLOURS):
+        own = [row for row in rows if row["arm"] == arm]
+        alphas = sorted({row["alpha"] for row in own})
+        nll, kl, switches = (np.median(by_seed(own, "alpha", key), axis=0)
+                             for key in ("nll", "kl", "switches"))
+        axes[0].plot(kl, nll, color=colour, lw=1)
+        for row in own:
+            axes[0].plot(row["kl"], row["nll"], "o", color=colour, ms=5,
+                         mfc=colour if row["aligned"] else "white")
+        for x, y, alpha in zip(kl, nll, alphas):
+            axes[0].annotate(f"{alpha:g}", (x, y), fontsize=7, xytext=(4, 4),
+                             textcoords="offset points", color=colour)
+        median_line(axes[1], alphas, by_seed(own, "alpha", "switches"), colour)
+        ends.append((switches[-1], text, colour))
+    axes[0].set(xlabel="KL, nats per step", ylabel="action NLL, nats per step", xscale="symlog",
+                title="filled: the gate finds the subgoals (F1 > .9)")
+    true = np.median([row["true_switches"] for row in rows])
+    axes[1].axhline(true, color="black", ls=":", lw=1)
+    axes[1].annotate("changes of subgoal", (min(alphas), true), fontsize=8, va="bottom")
+    axes[1].set(xlabel="alpha", ylabel="openings of the gate per episode", xscale="log")
+    label_ends(axes[1], ends, .06)
+    count = len({(row["seed"], row["meta_seed"]) for row in rows})
+    axes[1].set_title(f"{count} metacontrollers on {measured_on(rows)}", fontsize=10)
+    figure.subplots_adjust(wspace=.3)
+    save(figure, to / "rate.png")
 
 
 def colour_of(subgoal):
@@ -364,7 +427,8 @@ def wilson(rate, n, z=1.96):
     return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
 
-ANALYSES = {"probe": draw_probes, "layers": draw_layers, "gates": draw_gates, "codes": draw_codes,
+ANALYSES = {"probe": draw_probes, "layers": draw_layers, "ablate": draw_ablations,
+            "rate": draw_rate, "gates": draw_gates, "codes": draw_codes,
             "transplant": draw_transplant}
 
 

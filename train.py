@@ -382,7 +382,8 @@ def discover(run):
     """
     cfg, body, world = run.cfg, BODIES[run.cfg.body], world_of(run.cfg)
     parent = None if cfg.joint and body.expert(run) is None else pretrain(run)
-    seed_everything(cfg.seed, "init", 2)
+    luck = dataclasses.replace(cfg, seed=cfg.seed + 1000 * cfg.meta_seed)
+    seed_everything(luck.seed, "init", 2)
     meta = new_metacontroller(run, parent)
     learner, base = meta, parent  # learner: what stage 2 trains
     # C.4.2: from scratch on the grid, from the pretrained base for the ant. C.4.3: from it.
@@ -421,8 +422,8 @@ def discover(run):
         def report(step, loss):
             return discovered(run, base, meta.eval(), data, test, bounds, cfg.alpha * grown(step))
 
-        source = batches(run, "meta", cfg.meta_batch, True, training.first, cfg.meta_steps,
-                         cfg.keep)
+        source = batches(dataclasses.replace(run, cfg=luck), "meta", cfg.meta_batch, True,
+                         training.first, cfg.meta_steps, cfg.keep)
         supervise(run, training, source, cfg.meta_lr, loss_of, report)
     frozen(learner)
     return base, meta

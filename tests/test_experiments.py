@@ -103,6 +103,56 @@ def test_codes_are_grouped_in_one_half_of_the_worlds_and_looked_at_in_the_other(
     assert np.allclose(row["confusion"], 1 / 4, atol=0.05) and sum(row["sizes"]) == 400
 
 
+def test_ablations_and_rates_train_what_their_cells_say(run, tmp_path, monkeypatch):
+    """What is trained is faked: each cell is asked for the right configuration, once, and the
+    pictures are drawn."""
+    one = dataclasses.replace(run, folder=tmp_path / "runs" / "smoke" / "seed0")
+    asked = []
+
+    def wrote(run, name, line):
+        asked.append((run.cfg, run.folder))
+        run.folder.mkdir(parents=True, exist_ok=True)
+        runs.write_log(run.folder, name, [line])
+
+    def control(run):
+        wrote(run, "control", {"success": 0.5, "success_by_leg": [0.7, 0.7]})
+        runs.write_log(run.folder, "base", [{"gap_closed": 0.5}])
+
+    def discover(run):
+        keys = ("nll", "switches", "true_switches", "opens_subgoal_end", "code_identity")
+        f1 = 0.95 if run.cfg.alpha < 0.2 else 0.85
+        rest = {"f1": f1, "opens_inside": None, "kl_per_episode": 1.0}
+        wrote(run, "meta" + runs.suffix(run), dict.fromkeys(keys, 1.0) | rest)
+
+    monkeypatch.setattr(train, "control", control)
+    monkeypatch.setattr(train, "discover", discover)
+    monkeypatch.setattr(train, "pretrain", lambda run: None)
+    monkeypatch.setattr(runs, "copy_checkpoint", lambda name, *folders: asked.append(folders))
+    experiments.ablate(one)
+    mine = dataclasses.asdict(run.cfg)
+    changed = [dict(dataclasses.asdict(cfg).items() - mine.items()) for cfg, _ in asked]
+    assert len(changed) == 15 and changed.count({}) == 4  # the preset's own values
+    assert len({folder for _, folder in asked}) == 12
+    assert {"base_steps": run.cfg.base_steps // 4} in changed and {"eps": 0.4} in changed
+    asked.clear()
+    experiments.rate(one, seeds=2)
+    copied = [pair for pair in asked if pair[0] == one.folder]
+    cells = [cfg for cfg, _ in asked if isinstance(cfg, config.Config)]
+    assert len(copied) == 12 and len(cells) == 24 and all(cfg.gate == "gumbel" for cfg in cells)
+    more = run.cfg.base_steps * run.cfg.base_batch / run.cfg.meta_batch
+    for cfg in cells:
+        assert cfg.meta_steps == run.cfg.meta_steps + (more if cfg.joint else 0)
+    assert {(c.joint, c.alpha, c.meta_seed) for c in cells} == {
+        (joint, alpha, k) for joint in (False, True) for alpha in experiments.ALPHAS for k in (0, 1)
+    }
+    assert [row["aligned"] for row in runs.read_log(one.folder, "rate")] == [
+        row["alpha"] < 0.2 for row in runs.read_log(one.folder, "rate")
+    ]
+    line = ["--preset", "smoke", "--out", str(tmp_path / "runs"), "--to", str(tmp_path)]
+    assert figures.main(line) == 0
+    assert all((tmp_path / "smoke" / f"{name}.png").exists() for name in ("ablations", "rate"))
+
+
 def test_the_ant_is_refused(capsys, tmp_path):
     assert experiments.main(["probe", "--preset", "ant-small", "--out", str(tmp_path)]) == 2
     assert "is for the grid so far" in capsys.readouterr().err
