@@ -6,7 +6,7 @@ As a program, `python analysis.py WHAT`, it runs the paper's analyses: experimen
   3. codes            where a code leads: code identity, code transplant (B.3.2)
 
 Paper sections: C.3, C.6 (switches counted at beta > .5), B.3.2; Fig. 6.
-Glossary: as in envs.py (worlds), metacontroller.py (beta, z) and internal_rl.py (steer, reading).
+Glossary: as in envs.py (worlds), metacontroller.py (beta, z) and internal_rl.py (steer).
 All but C.3, B.3.2 and the count of switches is ours.
 """
 import itertools
@@ -127,7 +127,7 @@ def control_loss(base, decoder, obs, action, subgoal, mask):
 def steer_by_subgoal(decoder):
     """A `steer`: the controller of the true subgoal, switched at the right moments. A finished
     episode gets controller 0, unused."""
-    def steer(e, reading, state, worlds, rows):
+    def steer(e, state, worlds, rows):
         subgoal = torch.from_numpy(worlds.subgoal()[rows].clip(0)).to(e.device)
         return decoder(e, F.one_hot(subgoal, decoder.n_z).to(e.dtype))
     return steer
@@ -144,7 +144,7 @@ def control_success(base, decoder, world, rng, n):
 
 def steer_by_code(decoder):
     """A `steer`: hold the code in state["z"] (n, n_z) for the whole episode."""
-    return lambda e, reading, state, worlds, rows: decoder(e, state["z"])
+    return lambda e, state, worlds, rows: decoder(e, state["z"])
 
 
 def first_colour(world, data):
@@ -237,7 +237,7 @@ def transplant(base, meta, world, rng, n):
         codes = torch.stack([codes[rng.integers(len(codes))] for codes in drawn])  # (N, n_z)
         layouts = sample_layouts(world, rng, n)
 
-        def put_in(e, reading, state, worlds, rows):
+        def put_in(e, state, worlds, rows):
             now = torch.from_numpy(late(worlds)[rows]).to(device)[:, None]  # (rows, 1)
             return torch.where(now, meta.decoder(e, state["z"]), e)
 

@@ -912,15 +912,6 @@ class Ant:
         return turned(g, obs, action)
 
     @staticmethod
-    def exchanged(world, colours, obs):
-        order = torch.arange(obs.shape[-1], device=obs.device).repeat(len(obs), 1)  # (B, F)
-        xy = torch.arange(2, device=obs.device)
-        begin = THINGS.start
-        # (B, O, 2) -> (B, 2 O)
-        order[:, begin:begin + 2 * world.O] = (begin + 2 * colours[..., None] + xy).flatten(1)
-        return obs.gather(-1, order[:, None].expand(obs.shape))  # (B, F) -> (B, T, F)
-
-    @staticmethod
     def source(run, clean):
         recorded = Demonstrations(run, "clean" if clean else "noisy", expert(run))
         return lambda rng, n: recorded[rng.integers(HELD_OUT, run.cfg.demonstrations, n)]

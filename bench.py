@@ -343,7 +343,7 @@ def peer(run, rounds):
             rounds)
 
     env = our_rollout()
-    reading, z, logp, mask = env.sequences()
+    e, z, logp, mask = env.sequences()
     reward = torch.from_numpy(np.arange(n) % 2).to(z)
     e = torch.randn(n, T, 256, device=run.device)
     code = torch.randn(n, T, 17, device=run.device)
@@ -352,7 +352,7 @@ def peer(run, rounds):
 
     def our_update():
         clipped_update(list(policy.parameters()), policy_optimizer,
-                       lambda: sequence_logp(policy, reading, z, env.count), logp, reward, mask)
+                       lambda: sequence_logp(policy, e, z, env.count), logp, reward, mask)
 
     def their_update():
         loss = their_meta.policy_loss(e, old, code, reward - .5, mask=torch.ones(n, T).bool())

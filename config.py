@@ -71,9 +71,7 @@ class Config:
 
     layer: int = option(3, "split", "l, the controlled layer: 0 (embedding) to L")
     symmetric: bool = option(False, "split", "steer a turned or reflected view (train.view_of)")
-    splice: float = option(0., "split", "share, of views not shuffled, with another's past")
-    shuffle: float = option(0., "split", "share of views whose past has its colours exchanged")
-    join: float = option(0., "split", "share, of the others, after another whole demonstration")
+    join: float = option(0., "split", "share of views that follow another whole demonstration")
 
     rank: int = option(16, "control", "rank of the true-subgoal controllers; 0 = full matrix")
     control_steps: int = option(3200, "control", "optimiser steps")
@@ -90,7 +88,6 @@ class Config:
     encoder_hidden: int = option(64, "meta", "hidden units of the encoder")
     meta_rank: int = option(16, "meta", "rank of the decoder's controllers; 0 = full matrix")
     decoder_hidden: int = option(32, "meta", "hidden units of the decoder")
-    read: int = option(0, "meta", "layer that is read, if above the controlled one")
     gate: str = option("soft", "meta", "soft or gumbel (E.1); what rivals set: forced, compile")
     joint: bool = option(False, "meta", "what --rival cotrain sets")
     segments: int = option(4, "meta", "M, most segments of an episode (--rival compile)")
@@ -98,7 +95,8 @@ class Config:
     alpha_b: float = option(1., "meta", "weight of the KL of ends, in alphas (--rival compile)")
     alpha: float = option(0.17, "meta", "weight of the KL")
     alpha_start: int = option(0, "meta", "steps before alpha begins to grow from 0")
-    alpha_ramp: int = option(1500, "meta", "steps over which alpha, and shuffle, then grow")
+    alpha_ramp: int = option(1500, "meta", "steps over which alpha then grows")
+    splice: float = option(0., "meta", "share of views with another's end, until alpha grows")
     meta_steps: int = option(64_000, "meta", "optimiser steps")
     meta_batch: int = option(512, "meta", "episodes per step")
     meta_lr: float = option(1e-3, "meta", "learning rate")
@@ -148,11 +146,10 @@ STEPS = {"walker": "walker_updates", "base": "base_steps", "control": "control_s
 CHOICES = {"gate": ("soft", "gumbel", "forced", "compile"), "mixer": ("attention", "hawk"),
            "dtype": ("auto", "float32", "bfloat16"), "device": ("auto", "cpu", "cuda"),
            "compile": ("auto", "off", "inductor", "cudagraphs")}
-MAY_BE_ZERO = ("W", "layer", "splice", "shuffle", "join", "lam", "eps", "alpha", "alpha_start",
-               "alpha_ramp", "alpha_b", "read", "rank", "meta_rank", "warmup", "decay",
-               "save_seconds", "seed", "threads", "thin", "forget", "keep", "base_wd",
-               "control_wd", "meta_wd", "meta_seed")
-SHARES = ("decay", "splice", "shuffle", "join", "thin", "forget", "keep")
+MAY_BE_ZERO = ("W", "layer", "splice", "join", "lam", "eps", "alpha", "alpha_start", "alpha_ramp",
+               "alpha_b", "rank", "meta_rank", "warmup", "decay", "save_seconds", "seed", "threads",
+               "thin", "forget", "keep", "base_wd", "control_wd", "meta_wd", "meta_seed")
+SHARES = ("decay", "splice", "join", "thin", "forget", "keep")
 
 
 # --------------------------------------------------------------------------------------- 2. presets
@@ -162,7 +159,7 @@ PRESETS = {
     "smoke": Config(
         G=3, O=3, W=0, T=12, task_set="tiny", width=32, layers=2, heads=2, hidden=64,
         relative=True, lam=0.01, base_steps=150, base_batch=32, base_lr=3e-3,
-        layer=0, read=1, symmetric=True, splice=.5, shuffle=.5,
+        layer=1, symmetric=True, splice=.5, join=.5,
         rank=4, control_steps=40, control_batch=32, control_lr=1e-2,
         n_h=16, n_s=8, encoder_hidden=16, decoder_hidden=16, meta_rank=4, meta_steps=60,
         meta_batch=32, meta_lr=3e-3, alpha_ramp=40, policy_width=32, rl_updates=10, rl_batch=64,
@@ -172,10 +169,10 @@ PRESETS = {
         G=5, O=4, W=0, T=50, task_set="singles", post_task="0-1-2-3-0",
         width=128, layers=4, heads=4, hidden=256, relative=True, lam=0., warmup=100, decay=.5,
         base_steps=12_000, base_batch=64, base_lr=3e-3,
-        layer=0, read=2, symmetric=True, splice=1., shuffle=1.,
+        layer=2, symmetric=True, splice=1., join=.5,
         control_steps=2000, control_batch=128, control_lr=3e-3,
-        decoder_hidden=64, meta_steps=3000, meta_batch=128, meta_lr=1.5e-3, alpha=.1,
-        alpha_start=700, alpha_ramp=1000,
+        decoder_hidden=64, meta_steps=4000, meta_batch=128, meta_lr=1.5e-3, alpha=.1,
+        alpha_start=1500, alpha_ramp=1000,
         rl_updates=200, rl_batch=512, rl_lr=1e-3, std_lr=1e-2, raw_lr=3e-4, rl_epochs=2,
         evaluations=10),
     # The paper's own world, A.1 exactly, with a small network and control at mid-depth. Stage 1 and
@@ -197,7 +194,7 @@ PRESETS = {
         demonstrations=16_000, mixer="hawk", width=96, layers=4, heads=4, hidden=256,
         relative=True, lam=.2, warmup=100, decay=.5, thin=.92, turn=True,
         base_steps=14_000, base_batch=32, base_lr=1e-2,
-        layer=0, symmetric=True, splice=1., shuffle=1.,
+        layer=0, symmetric=True, splice=1., join=.5,
         rank=0, control_steps=1500, control_batch=32, control_lr=3e-3,
         n_h=64, switch_hidden=128, forget=.5, keep=.2, decoder_hidden=64, meta_rank=0,
         meta_steps=4500, meta_batch=32, meta_lr=1.5e-3, alpha=.5, alpha_start=700,
@@ -272,10 +269,9 @@ def check(cfg, preset):
         if parallel.count() > 1 and used and getattr(cfg, name) % pairs:
             raise Refused(f"--{name} {getattr(cfg, name)} can't be shared by {parallel.count()} "
                           f"processes: it must be a multiple of {pairs}")
-    for name in ("layer", "read"):
-        if getattr(cfg, name) > cfg.layers:
-            raise Refused(f"--{name} {getattr(cfg, name)} does not exist: the model has layers 0 "
-                          f"to {cfg.layers}")
+    if cfg.layer > cfg.layers:
+        raise Refused(f"--layer {cfg.layer} does not exist: the model has layers 0 to "
+                      f"{cfg.layers}")
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise Refused("--device cuda was asked for, but PyTorch sees no CUDA device here")
     cpu = cfg.device == "cpu" or not torch.cuda.is_available()

@@ -155,11 +155,11 @@ def unseen_legs(world):
 
 
 def layers(run):
-    """C.3 at every layer, read where it is written. Rows: base_steps, layers, layer; success, nll,
+    """C.3 at every layer. Rows: base_steps, layers, layer; success, nll,
     success_by_leg, unseen (which legs no demonstration shows)."""
     def measure(base_steps, layers, layer):
         parent = but_for(run, "base_steps", base_steps)
-        one = variant(parent, layer=layer, read=layer)
+        one = variant(parent, layer=layer)
         train.pretrain(parent)
         runs.copy_checkpoint("base", parent.folder, one.folder)  # it does not depend on the layer
         train.control(one)
@@ -243,9 +243,8 @@ def gates(run, n=1000, shown=3):
             obs = torch.from_numpy(data.obs()).to(run.device)
             noise = torch.randn(*data.action.shape[:2], meta.n_z, device=run.device)
             with torch.no_grad():
-                reading = base.reading(base.lower(obs))
-                _, beta, _, _ = meta(reading, torch.from_numpy(data.length).to(run.device) + 1,
-                                     noise)
+                length = torch.from_numpy(data.length).to(run.device)
+                _, beta, _, _ = meta(base.lower(obs), length + 1, noise)
         else:
             data, _, env = internal_episodes(base, meta, world, rng, n, policy)
             beta = env.gates[:, :data.action.shape[1]]
@@ -287,7 +286,7 @@ def codes(run, shown=300, boards=6):
         with torch.no_grad():
             # The means, not samples: noise 0.
             zeros = torch.zeros(*data.action.shape[:2], meta.n_z, device=run.device)
-            z, beta, _, _ = meta(base.reading(base.lower(obs)), length + 1, zeros)
+            z, beta, _, _ = meta(base.lower(obs), length + 1, zeros)
         opens = (beta > BETA_THRESHOLD).cpu().numpy() & data.mask()  # (N, T)
         at_openings = z.cpu().numpy()[opens]  # (openings, n_z)
         centred = at_openings - at_openings.mean(0)

@@ -90,14 +90,6 @@ class Grid:
         return cells[g[..., None], obs], actions[g, action]  # (8, C), (8, 4)
 
     @staticmethod
-    def exchanged(world, colours, obs):
-        """The observations with colours exchanged: colours (B, O), for each whose place it takes;
-        obs (B, T, K), as is the result."""
-        order = torch.arange(obs.shape[-1], device=obs.device).repeat(len(obs), 1)  # (B, K)
-        order[:, :world.O] = colours
-        return obs.gather(-1, order[:, None].expand(obs.shape))  # (B, K) -> (B, T, K)
-
-    @staticmethod
     def source(run, clean):
         """`draw(rng, n) -> Trajectories`: n expert episodes to train on."""
         eps = 0. if clean else run.cfg.eps

@@ -12,9 +12,8 @@ Bottom-up:
 Paper sections: C.5, D.3; Algorithms 1-3; Eq. 10; Table A13.
 
 Glossary (name -> symbol -> shape; N episodes, M abstract actions, n rows still played, D width)
-  e         e_t,l, which `steer` changes                               (n, D)
-  reading   the uncontrolled stream at layer `read`, which switch and policy see; in sequences:
-            at the moments at which a code was asked for               (n, D) or (N, M, D)
+  e         e_t,l, which switch and policy see and `steer` changes; in sequences: at the moments at
+            which a code was asked for, not changed                    (n, D) or (N, M, D)
   z         the code: the abstract action                              (n, n_z) or (N, M, n_z)
   logp      ln pi(z | e_1:t), summed over dimensions                   (N, M)
   advantage A_tau = (R - mean R) / (std R + 1e-3)                      (N,)
@@ -56,9 +55,9 @@ def assign(state, rows, new):
 class Player:
     """The base model acting in N worlds: an `act` for `envs.simulate`.
 
-    `steer(e, reading, state, worlds, rows) -> e` changes the stream e (n, D) of the episodes
-    `rows` (n,) before the upper blocks see it. `state` is its memory; like the caches it follows
-    the episodes when finished ones are dropped. All recurrent memory lives through the whole
+    `steer(e, state, worlds, rows) -> e` changes the stream e (n, D) of the episodes `rows` (n,)
+    before the upper blocks see it. `state` is its memory; like the caches it follows the episodes
+    when finished ones are dropped. All recurrent memory lives through the whole
     episode: nothing is reset at a switch (Algorithm 1). Costs one pass of the base per raw step,
     and attention over all steps before: T^2 an episode; the caches hold 2 D numbers per step, block
     and episode.
@@ -70,8 +69,6 @@ class Player:
         self.steer, self.state = steer, state or {}
         self.device = base.norm.weight.device
         self.caches = base.init_cache(n, T, self.device)
-        # The reading needs caches of its own: the upper blocks' hold the controlled past.
-        self.reading_caches = base.init_cache(n, T, self.device)[base.layer:base.read]
         self.rows = np.arange(n)
         self.t = 0
         self.logp = torch.zeros(n, T, device=self.device)
@@ -83,14 +80,12 @@ class Player:
         if len(alive) < len(self.rows) * 2 / 3:
             keep = torch.from_numpy(np.searchsorted(self.rows, alive)).to(self.device)
             self.caches = select(self.caches, keep)
-            self.reading_caches = select(self.reading_caches, keep)
             self.state = select(self.state, keep)
             self.rows = alive
         obs = torch.from_numpy(worlds.obs()[self.rows]).to(self.device)  # (n, K)
         e = self.base.lower(obs[:, None], self.caches, self.t)  # (n, 1, D)
         if self.steer is not None:
-            reading = self.base.reading(e, self.reading_caches, self.t)  # (n, 1, D)
-            e = self.steer(e[:, 0], reading[:, 0], self.state, worlds, self.rows)[:, None]
+            e = self.steer(e[:, 0], self.state, worlds, self.rows)[:, None]
         logits = self.base.action_logits(e, self.caches, self.t)  # (n, 1, A), or (n, 1, 2 A)
         action = sample_action(logits[:, 0], self.base.continuous, self.noise(logits))
         self.logp[self.rows, self.t] = -action_nll(logits, action[:, None])[:, 0]
@@ -122,9 +117,9 @@ class InternalEnvironment:
     model and decoder play by themselves. Algorithm 2's init and step(z) are turned inside out:
     where step(z) would return, `ask` is called.
 
-    `ask(reading, memory, noise) -> z, logp` is a policy's sampler, noise from N(0, I); it is asked
+    `ask(e, memory, noise) -> z, logp` is a policy's sampler, noise from N(0, I); it is asked
     only in the episodes whose gate is open, at the first step always. `asked` keeps what it was
-    asked and said: (episode, position in that episode, reading, z, logp). `gates` (N, T) keeps
+    asked and said: (episode, position in that episode, e, z, logp). `gates` (N, T) keeps
     beta, `codes` (N, T, n_z) the code of every raw step. `state` is the first state; from then on
     the Player keeps it.
 
@@ -143,8 +138,8 @@ class InternalEnvironment:
         self.gates = torch.zeros(n, T, device=device)
         self.codes = torch.zeros(n, T, meta.n_z, device=device)
 
-    def __call__(self, e, reading, state, worlds, rows):
-        beta, state["h"] = self.meta.switch_step(reading, state["h"], state["z"])
+    def __call__(self, e, state, worlds, rows):
+        beta, state["h"] = self.meta.switch_step(e, state["h"], state["z"])
         if self.t == 0:
             beta = torch.ones_like(beta)  # the policy always acts first
         self.gates[rows, self.t] = beta
@@ -153,20 +148,20 @@ class InternalEnvironment:
         noise = self.rng.standard_normal((len(self.count), self.meta.n_z))[rows]  # (n, n_z)
         if len(opens):
             memory = select(state["memory"], opens)
-            z, logp = self.ask(reading[opens], memory, torch.from_numpy(noise).to(reading)[opens])
+            z, logp = self.ask(e[opens], memory, torch.from_numpy(noise).to(e)[opens])
             assign(state["memory"], opens, memory)
             state["z"] = state["z"].index_copy(0, opens, z)
             episode = torch.from_numpy(rows).to(e.device)[opens]
-            self.asked.append((episode, self.count[episode], reading[opens], z, logp))
+            self.asked.append((episode, self.count[episode], e[opens], z, logp))
             self.count[episode] += 1
         self.codes[rows, self.t] = state["z"]
         self.t += 1
         return self.meta.decoder(e, state["z"])
 
     def sequences(self):
-        """What was asked, as padded sequences: reading (N, M, D), z (N, M, n_z), logp (N, M),
+        """What was asked, as padded sequences: e (N, M, D), z (N, M, n_z), logp (N, M),
         mask (N, M)."""
-        episode, position, reading, z, logp = (torch.cat(column) for column in zip(*self.asked))
+        episode, position, e, z, logp = (torch.cat(column) for column in zip(*self.asked))
         N, M = len(self.count), self.count.max()
 
         def padded(x):  # (all abstract actions, ...) -> (N, M, ...)
@@ -174,14 +169,14 @@ class InternalEnvironment:
             out[episode, position] = x
             return out
         mask = torch.arange(M, device=z.device) < self.count[:, None]
-        return padded(reading), padded(z), padded(logp), mask
+        return padded(e), padded(z), padded(logp), mask
 
 
 # ---------------------------------------------------------------------------------- 3. policy (D.3)
 
 class Policy(nn.Module):
-    """pi(z | e_1:t): one Hawk layer of width 256 (Table A13) over the readings at which the gate
-    opened.
+    """pi(z | e_1:t): one Hawk layer of width 256 (Table A13) over the stream at the moments when
+    the gate opened.
 
     NOT in paper: the mean starts at 0 and the standard deviation, one learned vector and not a
     function of e, at 1: the first policy is the prior N(0, I).
@@ -197,23 +192,23 @@ class Policy(nn.Module):
         nn.init.zeros_(self.mean.weight)
         self.log_std = nn.Parameter(torch.zeros(n_z))
 
-    def forward(self, reading, memory=None):
-        """reading (N, M, D) -> mean (N, M, n_z). With a memory (from `init_memory`): continues
-        from it and updates it."""
-        return self.mean(self.norm(self.block(self.inp(self.norm_in(reading)), cache=memory)))
+    def forward(self, e, memory=None):
+        """e (N, M, D) -> mean (N, M, n_z). With a memory (from `init_memory`): continues from it
+        and updates it."""
+        return self.mean(self.norm(self.block(self.inp(self.norm_in(e)), cache=memory)))
 
     def init_memory(self, n):
         return self.block.mixer.init_cache(n, 0, self.mean.weight)
 
-    def ask(self, reading, memory, noise):
-        """For InternalEnvironment: reading (m, D), memory, noise (m, n_z) -> z (m, n_z), logp (m,).
+    def ask(self, e, memory, noise):
+        """For InternalEnvironment: e (m, D), memory, noise (m, n_z) -> z (m, n_z), logp (m,).
         The memory is updated in place: the policy remembers the openings before this one."""
-        mu = self(reading[:, None], memory)[:, 0]
+        mu = self(e[:, None], memory)[:, 0]
         z = mu + self.log_std.exp() * noise
         return z, gaussian_logp(z, mu, self.log_std)
 
 
-def ask_prior(reading, memory, noise):
+def ask_prior(e, memory, noise):
     """`ask` with codes from N(0, I): the exploration that internal RL starts from."""
     return noise, gaussian_logp(noise, torch.zeros_like(noise), torch.zeros_like(noise))
 
@@ -274,18 +269,18 @@ def internal_episodes(base, meta, world, rng, n, policy=None):
     return data, success, env
 
 
-def sequence_logp(policy, reading, z, count, portions=8):
-    """ln pi(z | e_1:t) of whole sequences: reading (N, M, D), z (N, M, n_z), count (N,) actions
+def sequence_logp(policy, e, z, count, portions=8):
+    """ln pi(z | e_1:t) of whole sequences: e (N, M, D), z (N, M, n_z), count (N,) actions
     that exist -> (N, M), 0 beyond the longest of its portion.
 
-    Equal to gaussian_logp(z, policy(reading), policy.log_std) where actions exist. In portions of
+    Equal to gaussian_logp(z, policy(e), policy.log_std) where actions exist. In portions of
     similar length, since one restless gate makes M ten times the average.
     """
     order = count.argsort(stable=True)
     logp = []
     for rows in order.split(math.ceil(len(order) / portions)):
         M = int(count[rows].max())
-        part = gaussian_logp(z[rows, :M], policy(reading[rows, :M]), policy.log_std)  # (rows, M)
+        part = gaussian_logp(z[rows, :M], policy(e[rows, :M]), policy.log_std)  # (rows, M)
         logp.append(F.pad(part, (0, z.shape[1] - M)))
     return torch.cat(logp)[order.argsort()]  # back in the order of the episodes
 
@@ -295,12 +290,12 @@ def internal_rl_step(base, meta, policy, optimizer, world, rng, n, epochs, clip)
     what happened."""
     rng = parallel.Rows(rng, n)
     data, success, env = internal_episodes(base, meta, world, rng, n // parallel.count(), policy)
-    reading, z, old_logp, mask = env.sequences()
+    e, z, old_logp, mask = env.sequences()
     ends = torch.stack([torch.from_numpy(success).to(z), torch.from_numpy(data.length).to(z),
                         env.count.to(z)], dim=1)  # (N, 3)
     reward, length, actions = parallel.gathered(ends).unbind(1)
     loss = clipped_update(list(policy.parameters()), optimizer,
-                          lambda: sequence_logp(policy, reading, z, env.count),
+                          lambda: sequence_logp(policy, e, z, env.count),
                           old_logp, reward, mask, clip, epochs)
     return {"success": reward.mean().item(), "loss": loss, "raw_steps": int(length.sum()),
             "abstract_actions": actions.mean().item(),

@@ -19,9 +19,7 @@ Bottom-up: 1. Decoder (Eq. 11, 18)   2. Metacontroller (D.2)   3. CompILE, a riv
 Paper sections: C.4, D.2, E.1; Tables A9, A11.
 
 Glossary (name -> symbol -> shape; B batch, T time, D width n_e, r rank)
-  e         e_t,l: the residual stream. `Decoder` gets it at the controlled layer and writes there;
-            `Metacontroller` gets the "reading": the stream as it is, uncontrolled, at layer `read`
-            (the same one, as in the paper, unless the preset says otherwise)   (B, T, D)
+  e         e_t,l: the residual stream at the controlled layer   (B, T, D)
   h         h_t-1, GRU summary of e_1:t-1               (B, T, n_h)
   s         s(e_1:T+1), ONE vector for the whole sequence, the last observation included (B, n_s)
   mu, logvar  mu_t, ln diag Sigma_t of the proposal     (B, T, n_z)
@@ -329,7 +327,7 @@ def discovery_loss(base, meta, obs, action, mask, noise, alpha, view=None):
     if meta.gate == "compile":
         z, beta, kl_steps = meta(obs, mask, noise)
     else:
-        z, beta, mu, logvar = meta(base.reading(e), mask.sum(1) + 1, noise)
+        z, beta, mu, logvar = meta(e, mask.sum(1) + 1, noise)
         kl_steps = kl_to_prior(mu, logvar)  # (B, T)
     if view is None:
         e, codes, scored = e[:, :-1], z, mask  # nothing is decided at the last observation

@@ -286,15 +286,13 @@ MIXERS = {"attention": Attention, "hawk": Hawk}
 class SequenceModel(nn.Module):
     """f_theta of the paper. `layer` is l: blocks 1..l are `lower`, l+1..L are `upper`.
 
-    parts: see grid.grid_parts; the observation head exists only if lam > 0. read >= layer: where
-    metacontroller and policy read; NOT in paper, where they read the layer that they write.
+    parts: see grid.grid_parts; the observation head exists only if lam > 0.
     """
 
     def __init__(self, parts, width, layers, heads, hidden, buckets, layer, lam=0.,
-                 mixer="attention", read=None):
+                 mixer="attention"):
         super().__init__()
         self.layer, self.lam = layer, lam
-        self.read = layer if read is None else read
         embedding, action_head, obs_head = parts
         self.embed = embedding(width)
         self.bias = RelativeBias(buckets, heads) if mixer == "attention" else None
@@ -323,12 +321,6 @@ class SequenceModel(nn.Module):
         caches (from `init_cache`): step t alone, T = 1."""
         caches = None if caches is None else caches[:self.layer]
         return self.through(0, self.layer, self.embed(obs), caches, t)
-
-    def reading(self, e, caches=None, t=None):
-        """The UNCONTROLLED stream at layer `read`, from e_1:T,l: (B, T, D) -> (B, T, D). With
-        read = layer it is e itself. It needs caches of its own, one for each block from layer to
-        read: the upper blocks' hold the controlled past."""
-        return self.through(self.layer, self.read, e, caches, t)
 
     def upper(self, e, caches=None, t=None):
         """e_1:T,l, controlled or not -> final residual stream, normalised, (B, T, D), which is

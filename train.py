@@ -135,72 +135,61 @@ def batches(run, purpose, size, clean, first, last, keep=.1):
 SYMMETRIES = 8  # of the square: quarter turns and reflections
 
 
-def view_of(batch, world, symmetric, splice, shuffle, join=0.):
+def view_of(batch, world, symmetric, splice, join):
     """Another view of a batch's episodes, for the controllers to steer; None if no such help is
-    asked for. NOT in paper; four helps (what each buys: docs/notes.md):
+    asked for. NOT in paper; three helps (what each buys: docs/notes.md):
 
-    symmetric: each view is turned or reflected its own way, a spliced past as the episode that it
-        comes from. A code that says "up" or "into that corner" becomes worthless, one that says "to
-        colour 2" is as good as before.
-    splice, shuffle: in a share `shuffle` of the views, and in a share `splice` of the others, the
-        past, up to a random step, is made useless or wrong, so that the code has to overrule what
-        the base knows from it. Any colour then follows any other, also where pretraining never
-        shows it.
-        splice: the past is the end of another episode, its neighbour in the batch (which is
-        sorted by length, so that the two are alike), steered by that episode's codes.
-        shuffle: the past is the episode's own, its colours exchanged at random. It is not scored,
-        as no code tells of exchanged colours.
+    symmetric: each view is turned or reflected its own way, and so is a past that comes from
+        another episode. A code that says "up" or "into that corner" becomes worthless, one that
+        says "to colour 2" is as good as before.
+    splice, join: in a share `splice` of the views, and in a share `join` of the others, the past is
+        another episode's, the neighbour in the batch (which is sorted by length, so that the two
+        are alike), and steered by that episode's codes. What the base knows from it is wrong: the
+        code has to say what is wanted, and to overrule the base. Any subgoal then follows any
+        other, also where pretraining never shows it.
+        splice: the end of the other, and then this episode from a random step on.
+        join: the whole other, its arrival included, and then this episode from its beginning: no
+        subgoal is cut, which would leave open how much of it is done. The arrival itself is steered
+        by the code of what comes next, and not scored, as no action belongs to it.
 
     A view b of 8 steps, cut at 3 and spliced with the end of episode 5, which has 7 steps:
         row   5 5 5 b b b b b        step  4 5 6 3 4 5 6 7        mask  1 1 1 1 1 1 1 1
-    and shuffled instead, its first three observations in exchanged colours:
-        row   b b b b b b b b        step  0 1 2 3 4 5 6 7        mask  0 0 0 1 1 1 1 1
-
-    join: in a share of the remaining views the past is a whole other demonstration, its arrival
-        included, and then the episode begins from its own beginning: no subgoal is cut, which would
-        leave open how much of it is done. The arrival itself is steered by the code of what comes
-        next, and not scored, as no action belongs to it. Episode 5, of 3 steps, and then b; the
-        fourth observation is the arrival, o_4 of episode 5:
-        row   5 5 5 b b b b           step 0 1 2 0 0 1 2           mask 1 1 1 0 1 1 1
+    and a view b of 3 steps, joined to episode 5 of 3 steps; the fourth observation is the arrival,
+    o_4 of episode 5:
+        row   5 5 5 b b b b          step  0 1 2 0 0 1 2          mask  1 1 1 0 1 1 1
 
     batch: obs (B, T+1, K), action and mask (B, T). Returns a dict of obs (B, T', K), action; row,
     step (B, T'): step t of view b is step step[b, t] of episode row[b, t] (at an arrival: is
     steered by that step's code); and mask (B, T'), the steps to be scored. T' = T without join.
     """
-    if not (symmetric or splice or shuffle or join):
+    if not (symmetric or splice or join):
         return None
     obs, mask, body = batch["obs"], batch["mask"], BODIES[world.body]
     length = mask.sum(1, keepdim=True)  # (B, 1)
     (B, T), device = mask.shape, mask.device
     draw = lambda: torch.rand(B, 1, device=device)
     rows = torch.arange(B, device=device)[:, None]
-    shuffled = draw() < shuffle  # (B, 1)
-    spliced = (draw() < splice) & ~shuffled
-    joined = (draw() < join) & ~shuffled & ~spliced
+    spliced = draw() < splice  # (B, 1)
+    joined = (draw() < join) & ~spliced
     # In pairs, so that the shares of several processes (parallel.py) hold both of each.
     other = (rows ^ 1).clamp(max=B - 1)  # (B, 1)
     others = length[other[:, 0]]  # (B, 1) its length
-    cut = (draw() * length).long() * (shuffled | spliced)  # (B, 1) where the past ends
-    cut = torch.where(spliced, torch.minimum(cut, others), cut)
-    begin = torch.where(joined, 0, cut)  # (B, 1) where the episode itself begins
-    cut = torch.where(joined, others + 1, cut)
-    ends = cut - begin + length  # (B, 1)
+    begin = torch.minimum((draw() * length).long(), others) * spliced  # (B, 1) this episode's
+    past = torch.where(joined, others + 1, begin)  # (B, 1) how many steps are the other's
+    ends = past + length - begin  # (B, 1)
     t = torch.arange(max(T, int(ends.max())) if join else T, device=device)  # (T',)
-    past = t < cut  # (B, T')
-    foreign = past & (spliced | joined)
+    foreign = t < past  # (B, T')
     row = torch.where(foreign, other, rows)
-    step = torch.where(foreign, others + joined.long() - cut + t, t - cut + begin).clamp(0, T)
-    colours = torch.rand(B, world.O, device=device).argsort(1)  # (B, O) a permutation each
-    seen = obs[row, step]  # (B, T, K)
-    exchanged = body.exchanged(world, colours, seen)
-    seen = torch.where((past & shuffled)[..., None], exchanged, seen)
+    theirs = torch.where(joined, t, others - past + t)  # (B, T')
+    step = torch.where(foreign, theirs, begin + t - past).clamp(0, T)
+    seen = obs[row, step]  # (B, T', K)
     g = torch.randint(SYMMETRIES if symmetric else 1, (B, 1), device=device)[row, 0]  # (B, T')
-    arrival = joined & (t == cut - 1)
+    arrival = joined & (t == past - 1)
     row = torch.where(arrival, rows, row)
     step = torch.where(arrival, 0, step).clamp(max=T - 1)
     seen, action = body.turned(world, g, seen, batch["action"][row, step])
-    scored = (t < ends) & ~(past & shuffled) & ~arrival
-    return {"obs": seen, "action": action, "row": row, "step": step, "mask": scored}
+    return {"obs": seen, "action": action, "row": row, "step": step,
+            "mask": (t < ends) & ~arrival}
 
 
 BODIES = {"point": Grid, "ant": ant.Ant}
@@ -253,7 +242,7 @@ def new_base(run):
     parts = BODIES[cfg.body].parts(world_of(cfg), cfg.relative)
     model = SequenceModel(parts, width=cfg.width, layers=cfg.layers, heads=cfg.heads,
                           hidden=cfg.hidden, buckets=cfg.buckets, layer=cfg.layer, lam=cfg.lam,
-                          mixer=cfg.mixer, read=max(cfg.layer, cfg.read))
+                          mixer=cfg.mixer)
     if run.compiler != "off":
         for block in model.blocks:  # in place: names in checkpoints stay
             block.compile(backend=run.compiler, dynamic=run.compiler == "inductor" or None)
@@ -341,7 +330,7 @@ def control(run):
         test = tensors(run, data)
 
         def loss_of(step, batch):
-            view = view_of(batch, world, cfg.symmetric, cfg.splice, cfg.shuffle, cfg.join)
+            view = view_of(batch, world, cfg.symmetric, 0., cfg.join)
             if view is None:
                 view = batch | {"obs": batch["obs"][:, :-1]}
             else:
@@ -398,8 +387,8 @@ def discover(run):
 
         def grown(step):
             # NOT in paper: alpha grows from 0. With alpha in full from the start the code is given
-            # up before it carries anything. The share of shuffled views grows with it: codes form
-            # on spliced ones, and are then made strict.
+            # up before it carries anything. Meanwhile spliced views give way to joined ones: on
+            # those codes form fast, on these no subgoal is cut in two.
             return min(1., max(0, step + 1 - cfg.alpha_start) / max(cfg.alpha_ramp, 1))
 
         def loss_of(step, batch):
@@ -407,8 +396,8 @@ def discover(run):
             # it does not depend on how far the batch is padded.
             B, T = batch["mask"].shape
             noise = torch.randn(cfg.T, B, cfg.n_z, device=run.device)[:T].transpose(0, 1)
-            view = view_of(batch, world, cfg.symmetric, cfg.splice, cfg.shuffle * grown(step),
-                           cfg.join)
+            splice = cfg.splice * (1 - grown(step))
+            view = view_of(batch, world, cfg.symmetric, splice, cfg.join)
             mine, mine_of_view = parallel.own(batch | {"noise": noise}), view and parallel.own(view)
             # Wanted: this process's part of the mean NLL, over the view's steps, plus alpha times
             # its part of the mean KL, over the episodes' steps.

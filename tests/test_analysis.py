@@ -89,7 +89,7 @@ def test_true_subgoal_controllers_are_switched_at_the_right_moments():
     step = [0]
 
     def expert(worlds, alive):  # replay demonstrations, asking the rule as the player would
-        steer(torch.zeros(20, 32), None, {}, worlds, np.arange(20))
+        steer(torch.zeros(20, 32), {}, worlds, np.arange(20))
         step[0] += 1
         return data.action[alive, step[0] - 1]
 
@@ -169,7 +169,7 @@ def planted_play(calls):
         for steps, progress in ((0, 0), (1, 0), (2, 0), (9, 0), (1, 2)):
             now = np.full(N, steps)
             worlds = SimpleNamespace(steps=now, progress=np.full(N, progress), done=done)
-            acts.append(not torch.equal(steer(e, e, state, worlds, rows), e))
+            acts.append(not torch.equal(steer(e, state, worlds, rows), e))
         calls.append(acts)
         length = np.where(rows % 4 == 0, 1, 5)
         drawn = isinstance(steer, InternalEnvironment)

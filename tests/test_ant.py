@@ -438,17 +438,6 @@ def test_what_the_embedding_adds_is_what_a_walker_feels_and_how_far_things_are()
         assert torch.allclose(embed(obs)[:, 0], embed.bag.weight[index].sum(1))
 
 
-def test_exchanged_colours_change_places_and_nothing_else():
-    obs = torch.from_numpy(worlds(2).obs())[:, None]
-    new = Ant.exchanged(WORLD, torch.tensor([[1, 0, 3, 2], [0, 1, 2, 3]]), obs)
-    assert (
-        torch.equal(new[1], obs[1])
-        and torch.equal(new[0, 0, :29], obs[0, 0, :29])
-        and torch.equal(new[0, 0, 37:], obs[0, 0, 37:])
-    )
-    assert torch.equal(new[0, 0, 29:37].view(4, 2), obs[0, 0, 29:37].view(4, 2)[[1, 0, 3, 2]])
-
-
 def test_an_episode_of_ants_is_recorded():
     n = 4
     data, success = simulate(
@@ -700,7 +689,7 @@ SHORT = [
     "True",
     "--splice",
     ".5",
-    "--shuffle",
+    "--join",
     ".5",
     "--alpha_ramp",
     "2",
@@ -793,7 +782,6 @@ def test_every_stage_runs_on_recorded_ants(tmp_path, monkeypatch, capsys):
     assert sorted(path.name for path in (tmp_path / "pictures" / "ant-paper").iterdir()) == [
         "agent.gif",
         "curves.png",
-        "gate.png",
         "success.png",
     ]
     assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == [

@@ -32,9 +32,8 @@ def parts(mixer="attention", gate="soft", seed=0):
     """A base, a metacontroller with strong controllers and a restless gate, and a policy whose
     mean depends on its input."""
     torch.manual_seed(seed)
-    base = SequenceModel(
-        grid_parts(WORLD, False), 32, 3, 4, 48, 8, 1, mixer=mixer, read=2
-    ).requires_grad_(False)  # read one layer above the written one
+    base = SequenceModel(grid_parts(WORLD, False), 32, 3, 4, 48, 8, 1, mixer=mixer)
+    base.requires_grad_(False)
     meta = Metacontroller(
         32, n_z=3, n_h=8, n_s=8, rank=4, gate=gate, encoder_hidden=16, decoder_hidden=16
     ).requires_grad_(False)
@@ -100,7 +99,7 @@ def test_gate_when_acting_equals_the_gate_in_training():
     first step to the last."""
     base, meta, policy = parts()
     data, _, env = episodes(base, meta, policy)
-    e = base.reading(base.lower(torch.from_numpy(data.obs()[:, :-1])))
+    e = base.lower(torch.from_numpy(data.obs()[:, :-1]))
     _, _, switch_input = meta.encode(e, torch.from_numpy(data.length))
     T = e.shape[1]
     beta = torch.stack(
@@ -130,8 +129,8 @@ def test_policy_is_asked_exactly_where_the_gate_opens_and_the_code_is_held_betwe
     n = int(env.count.argmax())
     opened = [t for t in range(int(data.length[n])) if t == 0 or env.gates[n, t] > 0.5]
     assert torch.equal(z[n, : len(opened)], env.codes[n, opened]) and mask[n].sum() == len(opened)
-    reading = base.reading(base.lower(torch.from_numpy(data.obs()[n : n + 1, :-1])))[0]
-    assert torch.allclose(e[n, : len(opened)], reading[opened], atol=1e-4)
+    stream = base.lower(torch.from_numpy(data.obs()[n : n + 1, :-1]))[0]
+    assert torch.allclose(e[n, : len(opened)], stream[opened], atol=1e-4)
 
 
 def test_forced_switching_asks_at_every_step():

@@ -256,7 +256,7 @@ def test_kl_is_the_sum_over_dimensions_counted_once_and_without_padding():
 def test_codes_are_read_from_the_episodes_and_steer_their_views():
     base, meta, data = frozen_base(), metacontroller(), batch()
     torch.manual_seed(0)
-    view = view_of(data, WORLD, symmetric=True, splice=0.7, shuffle=0.5)
+    view = view_of(data, WORLD, symmetric=True, splice=0.4, join=0.5)
     plain, out = loss_of(base, meta, data, alpha=0.1)
     loss, steered = discovery_loss(
         base,
@@ -275,7 +275,7 @@ def test_codes_are_read_from_the_episodes_and_steer_their_views():
     )  # read: the episodes
     nll = []
     for b in range(len(data["obs"])):  # steered: the views, one by one, without padding
-        n = int(data["mask"][b].sum())
+        n = int(view["mask"][b].nonzero()[-1]) + 1
         z = torch.stack(
             [
                 out["z"][int(row), int(step)]
@@ -293,22 +293,16 @@ def test_codes_are_read_from_the_episodes_and_steer_their_views():
     )
 
 
-def test_the_metacontroller_reads_the_uncontrolled_layer_read_and_writes_the_controlled_one():
+def test_the_metacontroller_reads_the_controlled_layer_uncontrolled_and_writes_it():
     torch.manual_seed(0)
-    base, meta, data = (
-        SequenceModel(grid_parts(WORLD, False), 32, 3, 4, 48, 8, 0, read=2).requires_grad_(False),
-        metacontroller(),
-        batch(),
-    )
+    base = SequenceModel(grid_parts(WORLD, False), 32, 3, 4, 48, 8, 2).requires_grad_(False)
+    meta, data = metacontroller(), batch()
     _, out = loss_of(base, meta, data)
-    e = base.embed(data["obs"])
-    two_blocks = base.through(0, 2, e, None, None)
-    z, _, _, _ = meta(two_blocks, data["mask"].sum(1) + 1, torch.zeros(*data["action"].shape, 3))
+    e = base.through(0, 2, base.embed(data["obs"]), None, None)
+    z, _, _, _ = meta(e, data["mask"].sum(1) + 1, torch.zeros(*data["action"].shape, 3))
     assert torch.equal(z, out["z"])
-    nll = action_nll(
-        base.action_head(base.norm(base.through(0, 3, meta.decoder(e[:, :-1], z), None, None))),
-        data["action"],
-    )
+    above = base.through(2, 3, meta.decoder(e[:, :-1], z), None, None)
+    nll = action_nll(base.action_head(base.norm(above)), data["action"])
     assert torch.allclose(out["nll"], nll[data["mask"]].mean())
 
 

@@ -320,7 +320,7 @@ def test_grid_paper_has_exactly_the_papers_sizes_and_takes_a_step():
         and cfg.mixer == "attention"
     )
     run = train.Run(cfg, "grid-paper", Path("unused"))
-    base, meta = train.new_base(run), train.new_metacontroller(run)
+    base, meta = train.new_base(run), train.new_metacontroller(run, None)
     attention, mlp_, norms = 4 * 256**2 + 4 * 256, 2 * 256 * 512 + 512 + 256, 4 * 256
     blocks = 6 * (attention + mlp_ + norms)
     assert (

@@ -252,7 +252,7 @@ WRONG = {
     "rival of another stage": (["--rival", "raw", "--stage", "discover"], "rival"),
     "neither true nor false": (["--relative", "maybe"], "maybe"),
     "splice above one": (["--splice", "1.5"], "splice"),
-    "shuffle above one": (["--shuffle", "1.5"], "shuffle"),
+    "join above one": (["--join", "1.5"], "join"),
     "a rival has no such stage": (["--rival", "forced", "--stage", "pretrain"], "rival"),
     "a rival by the back door": (["--gate", "forced"], "--rival forced"),
     "nothing to train afresh": (["--stage", "eval", "--fresh"], "fresh"),
@@ -425,8 +425,7 @@ def test_eval_and_figures_take_no_unfinished_checkpoint_for_a_result(finished, t
     )
     assert "no finished policy.pt, skipped" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "pictures" / "smoke").iterdir()) == [
-        "curves.png",
-        "gate.png",
+        "curves.png"
     ]
     assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == [
         "results.json",
@@ -446,7 +445,6 @@ def test_figures_draws_all_that_the_runs_have(finished, tmp_path):
     assert [path.name for path in pictures] == [
         "agent.gif",
         "curves.png",
-        "gate.png",
         "success.png",
     ]
     assert all(path.stat().st_size > 2000 for path in pictures)
@@ -592,7 +590,7 @@ def test_rivals_have_files_of_their_own(finished, tmp_path):
         "policy-forced",
     )  # the base stays
     runs.seed_everything(0, "init", 2)
-    train.new_metacontroller(run)
+    train.new_metacontroller(run, None)
     start = train.new_base(run).state_dict()
     assert all(
         not torch.equal(together[f"base.{name}"], value)
@@ -739,7 +737,7 @@ def test_a_base_is_shipped_only_with_the_walker_that_it_was_trained_on(
 def test_a_view_is_the_end_of_another_episode_and_then_the_episode_in_turned_worlds():
     data = batch(200)
     torch.manual_seed(0)
-    view = view_of(data, WORLD, symmetric=True, splice=0.5, shuffle=0.0)
+    view = view_of(data, WORLD, symmetric=True, splice=0.5, join=0.0)
     table, (cells, actions) = torch.from_numpy(neighbour_table(WORLD.G)), symmetries(WORLD.G)
     length, which, spliced = data["mask"].sum(1), set(), 0
     for b in range(200):
@@ -782,8 +780,8 @@ def test_a_view_is_the_end_of_another_episode_and_then_the_episode_in_turned_wor
             )
             which |= found
     assert which == set(range(8)) and 60 < spliced < 110
-    assert view_of(data, WORLD, symmetric=False, splice=0.0, shuffle=0.0) is None
-    turned = view_of(data, WORLD, symmetric=True, splice=0.0, shuffle=0.0)  # whole episodes
+    assert view_of(data, WORLD, symmetric=False, splice=0.0, join=0.0) is None
+    turned = view_of(data, WORLD, symmetric=True, splice=0.0, join=0.0)  # whole episodes
     assert (turned["row"] == torch.arange(200)[:, None]).all() and (
         turned["step"] == torch.arange(turned["step"].shape[1])
     ).all()
@@ -792,7 +790,7 @@ def test_a_view_is_the_end_of_another_episode_and_then_the_episode_in_turned_wor
 def test_a_joined_view_is_another_whole_demonstration_and_then_the_episode():
     data = batch(200)
     torch.manual_seed(0)
-    view = view_of(data, WORLD, symmetric=False, splice=0.0, shuffle=0.0, join=0.5)
+    view = view_of(data, WORLD, symmetric=False, splice=0.0, join=0.5)
     length, joined = data["mask"].sum(1).tolist(), 0
     for b in range(200):
         other, n = b ^ 1, length[b]
@@ -808,38 +806,6 @@ def test_a_joined_view_is_another_whole_demonstration_and_then_the_episode():
         assert torch.equal(view["action"][b, m : m + n], data["action"][b, :n])
         assert mask.tolist() == [t < m + n and t != m - 1 for t in range(len(mask))]
     assert 80 < joined < 120
-
-
-def test_a_shuffled_past_is_the_episodes_own_in_exchanged_colours_and_is_not_scored():
-    data = batch(200)
-    torch.manual_seed(0)
-    view = view_of(data, WORLD, symmetric=False, splice=1.0, shuffle=1.0)
-    own, length, orders = data["obs"][:, :-1], data["mask"].sum(1), set()
-    assert (
-        torch.equal(view["action"], data["action"])
-        and (view["row"] == torch.arange(200)[:, None]).all()
-    )
-    steered = (view["mask"].sum(1) / length)[:, None]
-    assert (steered > 0).all() and 0.45 < steered.mean() < 0.6  # cut at a uniformly random step
-    for b in range(200):
-        n, cut = int(length[b]), int(length[b] - view["mask"][b].sum())
-        assert view["mask"][b].tolist() == [cut <= t < n for t in range(own.shape[1])]
-        assert torch.equal(
-            view["obs"][b, cut:n], own[b, cut:n]
-        )  # from the cut on nothing is changed
-        if cut:
-            past, true = view["obs"][b, :cut], own[b, :cut]
-            assert torch.equal(
-                past[:, WORLD.O :], true[:, WORLD.O :]
-            )  # walls and agent are where they were
-            order = tuple(
-                true[0, : WORLD.O].tolist().index(cell) for cell in past[0, : WORLD.O].tolist()
-            )
-            assert torch.equal(
-                past[:, : WORLD.O], true[:, list(order)]
-            )  # one exchange for the whole past
-            orders.add(order)
-    assert len(orders) > 60  # of 120
 
 
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -880,7 +846,7 @@ def test_batches_padded_for_cuda_graphs_have_few_lengths_and_the_same_loss(tmp_p
     """What CUDA graphs need, checked where there is no GPU: the loss does not see the padding."""
     cfg = train.dataclasses.replace(config.PRESETS["smoke"], T=40)
     run = runs.Run(cfg, "smoke", tmp_path)
-    base, meta = train.new_base(run), train.new_metacontroller(run).eval()
+    base, meta = train.new_base(run), train.new_metacontroller(run, None).eval()
     torch.nn.init.normal_(base.action_head.weight)  # so that actions differ
     lengths, longer = set(), 0
     for k in range(12):
@@ -892,7 +858,7 @@ def test_batches_padded_for_cuda_graphs_have_few_lengths_and_the_same_loss(tmp_p
             torch.manual_seed(k)
             B, T = batch["mask"].shape
             noise = torch.randn(cfg.T, B, cfg.n_z)[:T].transpose(0, 1)
-            view = view_of(batch, config.world_of(cfg), True, 0.5, 0.5)
+            view = view_of(batch, config.world_of(cfg), True, 0.5, 0.0)
             found = train.discovery_loss(
                 base, meta, batch["obs"], batch["action"], batch["mask"], noise, 0.1, view
             )
