@@ -314,7 +314,6 @@ def test_grid_paper_has_exactly_the_papers_sizes_and_takes_a_step():
     )  # A13
     assert (
         not cfg.relative
-        and cfg.read == 0
         and not cfg.symmetric
         and not cfg.joint
         and cfg.mixer == "attention"
