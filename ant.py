@@ -22,6 +22,7 @@ Glossary: as in envs.py, and N ants, F = 31 + 2 (O+W) numbers in an observation.
 import ctypes.util
 import dataclasses
 import functools
+import io
 import json
 import math
 import os
@@ -669,6 +670,27 @@ def expert_success(run, walker, tasks, n=256, noise=1.):
 # -------------------------------------------------------------------------------- 7. demonstrations
 
 HELD_OUT = 512  # of each set, the first so many episodes are for evaluation only
+PORTION = 1024  # demonstrations simulated at once
+
+
+def join_portions(folder, paths, wanted):
+    """Portions of demonstrations -> sensed.f32, action.f32, rest.npz, and last made.json: a folder
+    without it is not finished."""
+    rest, seconds = [], 0.
+    with open(folder / "sensed.f32", "wb") as sensed, open(folder / "action.f32", "wb") as action:
+        for path in paths:
+            part = dict(np.load(path))
+            part.pop("sensed_f32").tofile(sensed)
+            part.pop("action_f32").tofile(action)
+            seconds += float(part.pop("seconds"))
+            rest.append(part)
+    rest = concatenate([Trajectories(**part, action=part["target"]) for part in rest])
+    names = [f.name for f in dataclasses.fields(rest) if f.name not in ("action", "sensed")]
+    np.savez(folder / "rest.npz", **{name: getattr(rest, name) for name in names})
+    made = wanted | {"seconds": seconds}
+    write_atomically(folder / "made.json", json.dumps(made).encode())
+    for path in [*paths, folder / "begun.json"]:
+        path.unlink()
 
 
 class Demonstrations:
@@ -684,14 +706,12 @@ class Demonstrations:
         rules = {name: x for name, x in dataclasses.asdict(world).items() if name != "post"}
         wanted = {"mujoco": version("mujoco"), "walker": digest(walker.state_dict()),
                   "episodes": run.cfg.demonstrations, "seed": run.cfg.seed, **rules}
-        if not parallel.rank() and not (folder / "made.json").exists():
+        finished = (folder / "made.json").exists()
+        parallel.wait()  # before anyone can finish them
+        if not finished:
+            self.check(folder / "begun.json", wanted)
             self.make(run, kind, walker, world, folder, wanted)
-        parallel.wait()
-        made = json.loads((folder / "made.json").read_text())
-        for field, ours in wanted.items():
-            if made.get(field) != ours:
-                raise Refused(f"{folder} was made with {field}={made.get(field)}, this run asks "
-                              f"for {field}={ours}: delete it, or use another --out")
+        self.check(folder / "made.json", wanted)
         self.rest = dict(np.load(folder / "rest.npz"))
         # An episode of T steps holds T+1 observations.
         self.begin = np.concatenate([[0], np.cumsum(self.rest["length"] + 1, dtype=np.int64)])
@@ -700,32 +720,46 @@ class Demonstrations:
             for name in ("sensed", "action"))
 
     @staticmethod
+    def check(path, wanted):
+        made = json.loads(path.read_text()) if path.exists() else wanted
+        for field, ours in wanted.items():
+            if made.get(field) != ours:
+                raise Refused(f"{path.parent} was made with {field}={made.get(field)}, this run "
+                              f"asks for {field}={ours}: delete it, or use another --out")
+
+    @staticmethod
     def make(run, kind, walker, world, folder, wanted):
+        """In portions, each a file of its own: an interrupted recording goes on with the next one,
+        and several processes share them."""
         folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "begun.json", json.dumps(wanted).encode())
         n = wanted["episodes"]
-        portions = [min(1024, n - done) for done in range(0, n, 1024)]
+        sizes = [min(PORTION, n - done) for done in range(0, n, PORTION)]
+        paths = [folder / f"portion-{k:04}.npz" for k in range(len(sizes))]
         walk = walker.walk(kind == "noisy")
         make_expert = lambda world, dist, rng, stuck: ant_expert(world, dist, rng, walk, stuck)
-        rest, begun = [], time.time()
-        files = (open(folder / f"{name}.f32", "wb") for name in ("sensed", "action"))
-        with next(files) as sensed, next(files) as action:
-            for k, size in enumerate(tqdm(portions, f"{kind} demonstrations", disable=None)):
-                rng = seed_everything(run.cfg.seed, "demonstrations", 2 * k + (kind == "clean"))
-                try:
-                    data = generate(world, rng, size, expert=make_expert, portion=1024)
-                except ValueError as error:  # it hardly ever arrives
-                    raise Refused(f"{error}; the walker needs more --walker_updates") from None
-                seen = np.arange(data.sensed.shape[1]) <= data.length[:, None]  # (n, T+1)
-                data.sensed[seen].tofile(sensed)
-                # No action follows the last observation.
-                np.pad(data.action, ((0, 0), (0, 1), (0, 0)))[seen].tofile(action)
-                rest.append(dataclasses.replace(data, action=data.action[..., 0], sensed=None))
-        rest = concatenate(rest)
-        names = [f.name for f in dataclasses.fields(rest) if f.name not in ("action", "sensed")]
-        np.savez(folder / "rest.npz", **{x: getattr(rest, x).astype(np.int16) for x in names})
-        # Last: a folder without it is made again.
-        made = wanted | {"seconds": time.time() - begun}
-        write_atomically(folder / "made.json", json.dumps(made).encode())
+        mine = range(parallel.rank(), len(sizes), parallel.count())
+        for k in tqdm([k for k in mine if not paths[k].exists()], f"{kind} demonstrations",
+                      disable=None):
+            begun = time.time()
+            rng = seed_everything(run.cfg.seed, "demonstrations", 2 * k + (kind == "clean"))
+            try:
+                data = generate(world, rng, sizes[k], expert=make_expert, portion=PORTION)
+            except ValueError as error:  # it hardly ever arrives
+                raise Refused(f"{error}; the walker needs more --walker_updates") from None
+            seen = np.arange(data.sensed.shape[1]) <= data.length[:, None]  # (n, T+1)
+            # No action follows the last observation.
+            action = np.pad(data.action, ((0, 0), (0, 1), (0, 0)))[seen]
+            rest = {f.name: getattr(data, f.name).astype(np.int16) for f in dataclasses.fields(data)
+                    if f.name not in ("action", "sensed")}
+            content = io.BytesIO()
+            np.savez(content, sensed_f32=data.sensed[seen], action_f32=action,
+                     seconds=time.time() - begun, **rest)
+            write_atomically(paths[k], content.getvalue())
+        parallel.wait()
+        if not parallel.rank():
+            join_portions(folder, paths, wanted)
+        parallel.wait()
 
     def __getitem__(self, rows):
         parts = {name: value[rows].astype(np.int64) for name, value in self.rest.items()}

@@ -744,6 +744,44 @@ def test_an_interrupted_walker_equals_an_uninterrupted_one(tmp_path, monkeypatch
     assert all(not torch.equal(whole[key], start[key]) for key in whole)  # every parameter learns
 
 
+def test_an_interrupted_recording_goes_on_with_its_next_portion(tmp_path, monkeypatch):
+    monkeypatch.setattr(ant, "PORTION", 30)
+    monkeypatch.setattr(ant, "HELD_OUT", 16)
+    walker, calls, stop_at = ant.Walker(), [], [2]
+
+    def generate(*args, **more):
+        if len(calls) == stop_at[0]:
+            raise KeyboardInterrupt
+        calls.append(args[2])
+        return staggering(*args, **more)
+
+    monkeypatch.setattr(ant, "generate", generate)
+    run = train.parse([*SHORT, "--out", str(tmp_path / "a")])[0]
+    with pytest.raises(KeyboardInterrupt):
+        ant.Demonstrations(run, "noisy", walker)
+    assert calls == [30, 30]
+    # Of another run than the one that began it: refused before a portion is mixed in.
+    other = dataclasses.replace(run, cfg=dataclasses.replace(run.cfg, W=2))
+    with pytest.raises(config.Refused, match="was made with W=1"):
+        ant.Demonstrations(other, "noisy", walker)
+    stop_at[0] = -1
+    resumed = ant.Demonstrations(run, "noisy", walker)
+    assert calls == [30, 30, 20]  # only what was missing
+    whole = train.parse([*SHORT, "--out", str(tmp_path / "b")])[0]
+    uninterrupted = ant.Demonstrations(whole, "noisy", walker)
+    rows = np.arange(80)
+    for f in dataclasses.fields(resumed[rows]):
+        mine, theirs = (getattr(x[rows], f.name) for x in (resumed, uninterrupted))
+        assert np.array_equal(mine, theirs), f.name
+    folder = run.folder / "demonstrations-noisy"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "action.f32",
+        "made.json",
+        "rest.npz",
+        "sensed.f32",
+    ]
+
+
 def test_every_stage_runs_on_recorded_ants(tmp_path, monkeypatch, capsys):
     calls = []
     monkeypatch.setattr(ant, "HELD_OUT", 16)
