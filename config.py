@@ -171,8 +171,8 @@ PRESETS = {
         base_steps=12_000, base_batch=64, base_lr=3e-3,
         layer=2, symmetric=True, splice=1., join=.5,
         control_steps=2000, control_batch=128, control_lr=3e-3,
-        decoder_hidden=64, meta_steps=4000, meta_batch=128, meta_lr=1.5e-3, alpha=.1,
-        alpha_start=1500, alpha_ramp=1000,
+        decoder_hidden=64, meta_steps=6000, meta_batch=128, meta_lr=1.5e-3, alpha=.1,
+        alpha_start=3000, alpha_ramp=1500, segment_rate=3,
         rl_updates=200, rl_batch=512, rl_lr=1e-3, std_lr=1e-2, raw_lr=3e-4, rl_epochs=2,
         evaluations=10),
     # The paper's own world, A.1 exactly, with a small network and control at mid-depth. Stage 1 and
