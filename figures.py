@@ -334,7 +334,9 @@ def draw_gates(rows, to):
     written where it is reached."""
     rows = [row for row in rows if row["seed"] == rows[0]["seed"]]
     panels = [(row["where"], episode) for row in rows for episode in row["episodes"]]
-    figure, axes = plt.subplots(len(panels), 1, figsize=(8, 1.15 * len(panels)), sharey=True)
+    figure, axes = plt.subplots(len(panels), 1, figsize=(8, 1.1 * len(panels)), sharex=True,
+                                sharey=True)
+    longest = max(len(episode["beta"]) for _, episode in panels)
     titles = {"demonstrations": "demonstrations of the pretraining tasks",
               "policy": "the post-training task, under the policy of internal RL"}
     for k, (axis, (where, episode)) in enumerate(zip(axes, panels)):
@@ -349,12 +351,13 @@ def draw_gates(rows, to):
         axis.bar(np.arange(1, T), beta[1:], width=.7, color="black")
         axis.bar(0, 1, width=.7, color="none", edgecolor="black")
         axis.axhline(BETA_THRESHOLD, color="black", ls=":", lw=.5)
-        axis.set(ylabel="gate", ylim=(0, 1.05), xlim=(-.5, T - .5), yticks=[0, .5, 1])
+        axis.set(ylabel="gate", ylim=(0, 1.05), xlim=(-.5, longest - .5), yticks=[0, .5, 1])
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         if k == 0 or where != panels[k - 1][0]:
-            axis.set_title(titles[where], fontsize=9, loc="left", pad=14)
+            axis.set_title(titles[where], fontsize=9, loc="left", pad=16)
     axes[-1].set_xlabel("step (background: true subgoal; number: a colour was reached just before; "
                         "outline: open by construction)")
-    figure.subplots_adjust(hspace=.9)
+    figure.subplots_adjust(hspace=.7)
     save(figure, to / "gates.png")
 
 
@@ -396,8 +399,10 @@ def draw_codes(rows, to):
         axis.plot(path % side, path // side, color="black", lw=1.5)
         axis.plot(path[0] % side, path[0] // side, "o", color="black")
         axis.set(xlim=(-.5, side - .5), ylim=(side - .5, -.5), aspect="equal", xticks=[], yticks=[])
-    below.suptitle(f"one code, held fixed on {len(row['boards'])} boards; it is of group "
-                   f"{row['leads_to']}. Dot: start", fontsize=10)
+    above.subplots_adjust(bottom=.12, wspace=.35)
+    below.subplots_adjust(top=.82, bottom=.05)
+    below.suptitle(f"one code, of group {row['leads_to']}, held fixed on {len(row['boards'])} "
+                   f"boards; dot: start", fontsize=10)
     save(figure, to / "codes.png")
 
 

@@ -49,6 +49,7 @@ from analysis import (
     opened_by_subgoals,
 )
 from config import (
+    DEPENDS,
     PRESETS,
     Config,
     Parser,
@@ -613,7 +614,10 @@ def open_run(folder, name):
     """A Run with the configuration that checkpoint `name` in this folder was made with, for those
     who only look (figures.py, play.py)."""
     saved = load_checkpoint(folder / f"{name}.pt")["fingerprint"]
-    known = {f.name: saved[f.name] for f in dataclasses.fields(Config) if f.name in saved}
+    groups = DEPENDS[name.split("-")[0]]
+    # A field that it does not know is younger: it was made with the default (runs.difference).
+    known = {f.name: saved.get(f.name, f.default) for f in dataclasses.fields(Config)
+             if f.name in saved or f.metadata["group"] in groups}
     cfg = dataclasses.replace(PRESETS[saved["preset"]], **known)
     return Run(cfg, saved["preset"], folder, extend=False)
 

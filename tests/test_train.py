@@ -1,6 +1,7 @@
 """The command line as a user meets it: the whole path, interruptions, wrong input. All on the
 smoke preset."""
 
+import dataclasses
 import json
 import os
 import random
@@ -554,6 +555,19 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
     assert saved["step"] == 29 and all(
         torch.isfinite(value).all() for value in saved["model"].values()
     )
+
+
+def test_a_checkpoint_older_than_a_field_is_opened_with_its_default(finished, monkeypatch):
+    """A preset may since have got another value of a field that did not exist then."""
+    path = finished[0] / "smoke" / "seed0"
+    saved = runs.load_checkpoint(path / "meta.pt")
+    del saved["fingerprint"]["segment_rate"]
+    monkeypatch.setattr(train, "load_checkpoint", lambda path: saved)
+    new = dataclasses.replace(config.PRESETS["smoke"], segment_rate=5, rl_lr=0.5)
+    monkeypatch.setitem(train.PRESETS, "smoke", new)
+    cfg = train.open_run(path, "meta").cfg
+    assert cfg.segment_rate == 10 and cfg.alpha_ramp == 40  # the field's default; what it says
+    assert cfg.rl_lr == 0.5  # a metacontroller does not depend on it
 
 
 def test_rivals_have_files_of_their_own(finished, tmp_path):
