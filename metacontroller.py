@@ -224,7 +224,7 @@ class CompILE(nn.Module):
     and says where this one ends, b_i, by Gumbel-softmax over the observations, and what its code
     is, from what it reads there. b_0 is the first observation, b_M the last.
 
-    encoder: a copy of the base, of which the first half is used: it reads the raw input.
+    encoder: a copy of the base, of which the first half is kept: it reads the raw input.
     segments: M; rate: of the prior of a segment's length, Poisson; temperature: of the softmax;
     alpha_b: weight of the KL of the ends, as a multiple of alpha, that of the codes.
 
@@ -239,6 +239,7 @@ class CompILE(nn.Module):
         super().__init__()
         self.encoder, self.n_z, self.segments, self.rate = encoder, n_z, segments, rate
         self.temperature, self.alpha_b = temperature, alpha_b
+        encoder.blocks = encoder.blocks[:encoder.layer]
         width = encoder.norm.weight.numel()
         self.end = mlp(width, hidden, 1, scale=1.)
         self.code = mlp(width, hidden, 2 * n_z, scale=1.)
