@@ -337,7 +337,6 @@ def discovery_loss(base, meta, obs, action, mask, noise, alpha, view=None):
         codes = z[view["row"], view["step"]]  # (B, T, n_z): the code of each step of the view
     nll = masked_mean(action_nll(base.action_logits(meta.decoder(e, codes)), action), scored)
     # E.1: relaxed, the KL counts at every step; exact, where the gate is open. NOT in paper: the
-    # NLL is averaged over the steps of the view that are scored, the KL over all steps of the
-    # episode, so that a view of which a share p is scored makes alpha act like p alpha.
+    # NLL is averaged over the steps of the view that are scored, the KL over those of the episode.
     kl = masked_mean(kl_steps * beta if meta.gate == "gumbel" else kl_steps, mask)
     return nll + alpha * kl, {"nll": nll, "kl": kl, "kl_steps": kl_steps, "z": z, "beta": beta}
