@@ -95,6 +95,15 @@ def success_by_leg(world, data, success):
     return [float(b / a) if a else None for a, b in itertools.pairwise(counts)]
 
 
+def success_by_subgoals(world, data, success):
+    """The share of the episodes that finish the first 1, 2, .. subgoals of the post-training task:
+    a list. NOT in paper. Arguments as success_by_leg."""
+    reached = np.cumprod([leg or 0. for leg in success_by_leg(world, data, success)])  # (colours,)
+    segments = [segment for _, segment in world.subgoal_of(world.post_task)]
+    last = [k for k, segment in enumerate(segments) if segment not in segments[k + 1:]]
+    return reached[last].tolist()
+
+
 def opened_at_arrivals(world, data, gates):
     """Did the gate open where a subgoal was reached? Two arrays of bool, an entry for each such
     arrival: straight from another colour's cell, and from an empty one. NOT in paper.

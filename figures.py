@@ -446,7 +446,8 @@ def seed_results(folder):
     code_none: shares. code_identity: share of ln S. *_success: share of fresh episodes of the
     post-training task; rl_success_normalised: divided by the ant's expert's. nll: of the base, nats
     per action; right_turns*: see ant.right_turns. gate_*: see analysis.opened_at_arrivals.
-    *_curve: lists of [episodes, success].
+    *_curve: lists of [episodes, success]. layer: the controlled one, of so many layers.
+    control_success_by_leg, success_by_subgoals, opens_*: see analysis.py.
     kl_open, kl_shut: nats per step. *_episodes: episodes trained on. raw_unchanged: raw RL's
     weights are still the base's, bit for bit: no episode was ever rewarded. minutes: the path of
     `--stage rl`, rivals but raw excluded, demonstrations included and the walker not;
@@ -459,6 +460,10 @@ def seed_results(folder):
         return json.loads((folder / name).read_text()) if (folder / name).exists() else {}
 
     plain, base, meta = read("eval.json"), last["base"], last["meta"]
+    layers = {}
+    if meta:
+        cfg = train.open_run(folder, "meta").cfg
+        layers = {"layer": cfg.layer, "layers": cfg.layers}
     unchanged = None
     if last["raw"]:
         before, after = (load_checkpoint(folder / f"{x}.pt")["model"] for x in ("base", "raw"))
@@ -478,7 +483,9 @@ def seed_results(folder):
         "switch_f1_1": meta.get("f1_1"), "switch_f1_5": meta.get("f1_5"),
         **{key: meta.get(key) for key in ("undecided", "kl_open", "kl_shut", "code_none")},
         "code_identity": identity and identity / meta["code_identity_max"],
-        **{key: plain.get(key) for key in ("code_success", "rl_success")},
+        **{key: plain.get(key) for key in ("code_success", "rl_success", "success_by_subgoals")},
+        **{key: meta.get(key) for key in ("opens_subgoal_end", "opens_inside")},
+        "control_success_by_leg": last["control"].get("success_by_leg"), **layers,
         "rl_success_normalised": normalised, "rl_episodes": last["policy"].get("episodes"),
         "gate_next_door": plain.get("gate_next_door"),
         "gate_elsewhere": plain.get("gate_elsewhere"), "raw_success": plain.get("raw_success"),
@@ -512,6 +519,8 @@ ROWS = {
     "switch_f1": ("gate F1, exact step", "{:.3f}"),
     "switch_f1_1": ("gate F1, +-1 step", "{:.3f}"),
     "switch_f1_5": ("gate F1, +-5 steps", "{:.3f}"),
+    "opens_subgoal_end": ("the gate opens where a subgoal ends", "{:.1%}"),
+    "opens_inside": ("where a colour inside one is reached", "{:.1%}"),
     "undecided": ("gates between .1 and .9", "{:.1%}"),
     "kl_open": ("KL per step, gate open, nats", "{:.2f}"),
     "kl_shut": ("KL per step, gate shut, nats", "{:.2f}"),
@@ -567,7 +576,7 @@ def write_results(folders, preset, to):
     print(f"wrote {path}\n\n| | " + " | ".join(f"seed {seed['seed']}" for seed in seeds) + " |")
     print("|---" * (len(seeds) + 1) + "|")
     for key, (title, form) in ROWS.items():
-        if any(key in seed for seed in seeds):
+        if any(seed.get(key) is not None for seed in seeds):
             cells = ["not run" if seed.get(key) is None else form.format(seed[key])
                      for seed in seeds]
             print(f"| {title} | " + " | ".join(cells) + " |")

@@ -47,6 +47,7 @@ from analysis import (
     kl_by_gate,
     opened_at_arrivals,
     opened_by_subgoals,
+    success_by_subgoals,
 )
 from config import (
     DEPENDS,
@@ -541,7 +542,7 @@ def evaluate(run):
     run = dataclasses.replace(run, extend=False)
     cfg, world, kind = run.cfg, world_of(run.cfg), suffix(run)
     n, body = cfg.eval_episodes, BODIES[run.cfg.body]
-    rows = {}  # key -> (text, rate)
+    rows, curve = {}, None  # key -> (text, rate); internal RL by the number of subgoals
 
     def fresh():
         return seed_everything(EVAL_SEED, "eval", 3)
@@ -573,6 +574,7 @@ def evaluate(run):
         base, meta, policy = rl(run)
         data, success, env = internal_episodes(base, meta, world, fresh(), n, policy)
         rows["rl_success"] = title, success.mean()
+        curve = success_by_subgoals(world, data, success)
         wheres = {"gate_next_door": "from another colour", "gate_elsewhere": "from an empty cell"}
         for (key, where), opened in zip(wheres.items(), opened_at_arrivals(world, data, env.gates)):
             if len(opened):
@@ -592,7 +594,11 @@ def evaluate(run):
         if others and key == others[0]:
             print("also measured")
         print(f"  {rows[key][0]:{width}}  {rows[key][1]:.4f}")
+    if curve:
+        print("  internal RL, share that finishes the first 1, 2, .. subgoals: "
+              + " ".join(f"{share:.3f}" for share in curve))
     rates = {key: float(rate) for key, (_, rate) in rows.items()}
+    rates |= {"success_by_subgoals": curve} if curve else {}
     write_atomically(run.folder / f"eval{kind}.json", json.dumps(rates).encode())
 
 
@@ -631,7 +637,8 @@ def parse(argv, complaints=sys.stderr):
     parser = Parser("train.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--stage", choices=STAGES, default="rl")
     parser.add_argument("--preset", choices=PRESETS, default="grid-small",
-                        help="smoke: seconds; grid-small, ant-small: a laptop; grid-pairs: the "
+                        help="smoke: seconds; grid-small, grid-trio (subgoals of two colours), "
+                        "ant-small: a laptop; grid-pairs: the "
                         "paper's grid, a small network, not finished; grid-paper, ant-paper: the "
                         "paper's sizes, one GPU [grid-small]")
     parser.add_argument("--rival", choices=RIVALS, default="none",

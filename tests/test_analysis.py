@@ -21,6 +21,7 @@ from analysis import (
     opened_by_subgoals,
     steer_by_subgoal,
     success_by_leg,
+    success_by_subgoals,
     transplant,
 )
 from envs import (
@@ -269,3 +270,8 @@ def test_success_by_leg_multiplies_to_success():
     legs = success_by_leg(world, data, success)
     assert len(legs) == 5 and 0.01 < success.mean() < 0.99
     assert np.prod(legs) == pytest.approx(success.mean())
+    # Every colour is a subgoal here; among the errands it is every second, and a rest of one.
+    assert success_by_subgoals(world, data, success) == pytest.approx(np.cumprod(legs))
+    errands = World(G=5, O=5, W=0, T=18, task_set="errands", post="0-4-1-4-2")
+    found = success_by_subgoals(errands, data, success)
+    assert found == pytest.approx(np.cumprod(legs)[[1, 3, 4]])
