@@ -595,7 +595,7 @@ def evaluate(run):
             print("also measured")
         print(f"  {rows[key][0]:{width}}  {rows[key][1]:.4f}")
     if curve:
-        print("  internal RL, share that finishes the first 1, 2, .. subgoals: "
+        print("internal RL finishes the first 1, 2, .. subgoals in "
               + " ".join(f"{share:.3f}" for share in curve))
     rates = {key: float(rate) for key, (_, rate) in rows.items()}
     rates |= {"success_by_subgoals": curve} if curve else {}
@@ -638,9 +638,8 @@ def parse(argv, complaints=sys.stderr):
     parser.add_argument("--stage", choices=STAGES, default="rl")
     parser.add_argument("--preset", choices=PRESETS, default="grid-small",
                         help="smoke: seconds; grid-small, grid-trio (subgoals of two colours), "
-                        "ant-small: a laptop; grid-pairs: the "
-                        "paper's grid, a small network, not finished; grid-paper, ant-paper: the "
-                        "paper's sizes, one GPU [grid-small]")
+                        "ant-small: a laptop; grid-pairs: the paper's grid, a small network, not "
+                        "finished; grid-paper, ant-paper: the paper's sizes, one GPU [grid-small]")
     parser.add_argument("--rival", choices=RIVALS, default="none",
                         help="raw: raw-action RL alone; forced: beta = 1 from stage 2 on; "
                         "cotrain: base and metacontroller trained together; compile: CompILE")

@@ -379,7 +379,7 @@ def test_help_names_groups_defaults_and_presets():
     for word in (
         "stage 2: the metacontroller",
         "the world (A.1.2",
-        "grid-small, ant-small: a",
+        "ant-small: a laptop",
         "weight of the KL [paper's grid: 0.17]",
     ):
         assert word in " ".join(text.split())
