@@ -185,6 +185,12 @@ def code_outcomes(base, decoder, world, rng, codes=256, layouts=64):
     return drawn, np.array(outcome).reshape(codes, layouts)
 
 
+def outcome_counts(outcome, subgoals):
+    """How often each code led where: outcome as from `code_outcomes`, subgoals: S -> (codes, S+1),
+    the S subgoals, then "none"."""
+    return np.stack([(outcome == g).sum(1) for g in range(subgoals + 1)], axis=1)
+
+
 def code_identity(outcome, subgoals):
     """Does a code name a subgoal? Mutual information between a prior code and where it leads.
 
@@ -198,8 +204,7 @@ def code_identity(outcome, subgoals):
     Plug-in estimates from few samples are too high by about (filled cells - rows - columns + 1) /
     2N (Miller-Madow), which is subtracted.
     """
-    # (codes, S + 1) counts: the S subgoals, then "none"
-    table = np.stack([(outcome == g).sum(1) for g in range(subgoals + 1)], axis=1)
+    table = outcome_counts(outcome, subgoals)
     none = table[:, -1].sum() / table.sum()
     table = table[:, table.sum(0) > 0]
     joint = table / table.sum()

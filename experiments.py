@@ -37,6 +37,7 @@ from analysis import (
     code_outcomes,
     gate_scores,
     opened_by_subgoals,
+    outcome_counts,
     steer_by_code,
     transplant,
 )
@@ -229,6 +230,18 @@ def rate(run, seeds=3):
 
 # ------------------------------------------------------------- 6. gates, codes, transplant (B.3)
 
+@torch.no_grad()
+def encoded(run, base, meta, noise):
+    """The test demonstrations, and what the metacontroller makes of them: Trajectories, z
+    (N, T, n_z), beta (N, T). noise: torch.randn for sampled proposals, torch.zeros for their
+    means."""
+    data, _ = train.BODIES[run.cfg.body].examination(run, clean=True)
+    obs, length = (torch.from_numpy(x).to(run.device) for x in (data.obs(), data.length))
+    drawn = noise(*data.action.shape[:2], meta.n_z, device=run.device)
+    z, beta, _, _ = meta(base.lower(obs), length + 1, drawn)
+    return data, z, beta
+
+
 def gates(run, n=1000, shown=3):
     """Fig. 6, A3: the gate against true subgoals, on demonstrations, and on the post-training task
     under the policy of internal RL. Rows: where; analysis.gate_scores; analysis.opened_by_subgoals;
@@ -239,12 +252,7 @@ def gates(run, n=1000, shown=3):
     def measure(where):
         rng = runs.seed_everything(runs.EVAL_SEED, "eval", 9)
         if where == "demonstrations":
-            data, _ = train.BODIES[run.cfg.body].examination(run, clean=True)
-            obs = torch.from_numpy(data.obs()).to(run.device)
-            noise = torch.randn(*data.action.shape[:2], meta.n_z, device=run.device)
-            with torch.no_grad():
-                length = torch.from_numpy(data.length).to(run.device)
-                _, beta, _, _ = meta(base.lower(obs), length + 1, noise)
+            data, _, beta = encoded(run, base, meta, torch.randn)
         else:
             data, _, env = internal_episodes(base, meta, world, rng, n, policy)
             beta = env.gates[:, :data.action.shape[1]]
@@ -281,12 +289,7 @@ def codes(run, shown=300, boards=6):
 
     def measure():
         rng = runs.seed_everything(runs.EVAL_SEED, "eval", 11)
-        data, _ = train.BODIES[run.cfg.body].examination(run, clean=True)
-        obs, length = (torch.from_numpy(x).to(run.device) for x in (data.obs(), data.length))
-        with torch.no_grad():
-            # The means, not samples: noise 0.
-            zeros = torch.zeros(*data.action.shape[:2], meta.n_z, device=run.device)
-            z, beta, _, _ = meta(base.lower(obs), length + 1, zeros)
+        data, z, beta = encoded(run, base, meta, torch.zeros)
         opens = (beta > BETA_THRESHOLD).cpu().numpy() & data.mask()  # (N, T)
         at_openings = z.cpu().numpy()[opens]  # (openings, n_z)
         centred = at_openings - at_openings.mean(0)
@@ -295,7 +298,7 @@ def codes(run, shown=300, boards=6):
 
         prior, outcome = code_outcomes(base, meta.decoder, world, rng)
         S, half = len(world.subgoals), outcome.shape[1] // 2
-        counts = np.stack([(outcome[:, :half] == g).sum(1) for g in range(S + 1)], axis=1)
+        counts = outcome_counts(outcome[:, :half], S)
         group = counts.argmax(1)  # (codes,) by one half of the worlds; looked at in the other
         confusion = [[float((outcome[group == g, half:] == h).mean()) if (group == g).any() else 0.
                       for h in range(S + 1)] for g in range(S + 1)]

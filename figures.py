@@ -5,8 +5,8 @@ pictures into figures/grid-small/.
   2. success    success against episodes, linear and log axis, median and quartiles over seeds
                 (Fig. 8, A5)
   3. film       a GIF of the agent at the post-training task, with its gate and its code
-  4. analyses   what `python analysis.py WHAT` measured: probes (Fig. 3), layers (Fig. 4), gates
-                (Fig. 6, A3), codes, transplant (B.3.2)
+  4. analyses   what `python analysis.py WHAT` measured: probes (Fig. 3), layers (Fig. 4),
+                ablations (Fig. A2), rate (Fig. 7), gates (Fig. 6, A3), codes, transplant (B.3.2)
   5. results    results.json: the numbers of every seed, from the runs' own logs, and the table of
                 docs/results.md
 
