@@ -3,7 +3,7 @@ Machines are noisy, so rivals take turns and medians are compared.
 
   stages   a step of every stage of a preset, as train.py takes it: seconds, what part of them is
            making the batch, share of the speed of the machine's own matrix products, episodes and
-           environment steps a second, peak memory; with --compile, eager and compiled; under
+           environment steps a second, peak memory; on CUDA eager and as graphs; under
            torchrun, process 0's steps, products and memory, and all processes' episodes
   growth   how a step of the base and of stage 2 grows with the length T and the batch B
   peer     against metacontroller-pytorch 0.3.3, if it is installed, on the same episodes
@@ -157,13 +157,13 @@ class Timed:
 
 
 def stages(run, rounds):
-    """Every stage of a preset, eager and, if that is asked for, compiled."""
-    for compiler in dict.fromkeys(("off", run.compiler)):
+    """Every stage of a preset, eager and, on CUDA, as graphs."""
+    for graphs in dict.fromkeys((False, run.graphs)):
         with tempfile.TemporaryDirectory() as folder:
             folder = parallel.agreed(folder)
-            one = dataclasses.replace(run, folder=Path(folder), compiler=compiler, kept={})
+            one = dataclasses.replace(run, folder=Path(folder), graphs=graphs, kept={})
             runs.use_shipped(one, "walker")
-            timed = Timed(one, rounds, "eager   " if compiler == "off" else compiler)
+            timed = Timed(one, rounds, "graphs" if graphs else "eager ")
             print(f"\n{one.preset}, {one.dtype}, products of 1024^3 at {timed.peak / 1e9:,.0f} "
                   f"GFLOP/s")
             usual, runs.Training.go = runs.Training.go, functools.partialmethod(timed)

@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import math
 import os
-import shutil
 from dataclasses import dataclass, field, fields
 
 import numpy as np
@@ -121,7 +120,7 @@ class Config:
     threads: int = option(0, "run", "CPU threads; 0 = PyTorch's choice")
     device: str = option("auto", "run", "auto, cpu or cuda")
     dtype: str = option("auto", "run", "auto, float32 or bfloat16 (supervised stages only)")
-    compile: str = option("auto", "run", "auto, off, inductor or cudagraphs")
+    graphs: bool = option(True, "run", "on CUDA, replay the grid's supervised steps as CUDA graphs")
 
 
 # What a group is for, and where its fields act. (The order of fields is by what depends on them.)
@@ -144,8 +143,7 @@ DEPENDS = {"walker": ("walker",), "base": _BASE, "control": (*_BASE, "split", "c
 STEPS = {"walker": "walker_updates", "base": "base_steps", "control": "control_steps",
          "meta": "meta_steps", "policy": "rl_updates", "raw": "rl_updates"}
 CHOICES = {"gate": ("soft", "gumbel", "forced", "compile"), "mixer": ("attention", "hawk"),
-           "dtype": ("auto", "float32", "bfloat16"), "device": ("auto", "cpu", "cuda"),
-           "compile": ("auto", "off", "inductor", "cudagraphs")}
+           "dtype": ("auto", "float32", "bfloat16"), "device": ("auto", "cpu", "cuda")}
 MAY_BE_ZERO = ("W", "layer", "splice", "join", "lam", "eps", "alpha", "alpha_start", "alpha_ramp",
                "alpha_b", "rank", "meta_rank", "warmup", "decay", "save_seconds", "seed", "threads",
                "thin", "forget", "keep", "base_wd", "control_wd", "meta_wd", "meta_seed")
@@ -286,13 +284,6 @@ def check(cfg, preset):
                       f"{cfg.layers}")
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise Refused("--device cuda was asked for, but PyTorch sees no CUDA device here")
-    cpu = cfg.device == "cpu" or not torch.cuda.is_available()
-    if cfg.compile == "cudagraphs" and cpu:
-        raise Refused("--compile cudagraphs needs a CUDA device")
-    compilers = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "c++", "cl"]
-    if cfg.compile == "inductor" and cpu and not any(map(shutil.which, compilers)):
-        raise Refused(f"--compile inductor needs a C++ compiler, and {' or '.join(compilers)} is "
-                      f"not to be found")
     memory = machine_memory()
     if memory_needed(cfg) > memory:
         changed = [f.name for f in fields(cfg) if getattr(cfg, f.name) != getattr(preset, f.name)]

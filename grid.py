@@ -6,6 +6,8 @@ this world, and what the stages ask of it.
 
 Paper sections: A.1, C.1.1. Glossary: as in envs.py and model.py.
 """
+import functools
+
 import numpy as np
 import torch
 import torch.nn as nn
@@ -63,6 +65,13 @@ def grid_parts(world, relative):
 
 # ------------------------------------------------------------------------------------------ 2. Grid
 
+@functools.cache
+def symmetry_tables(G, device):
+    """envs.symmetries as tensors, made once: a CUDA graph can't fetch them from the CPU."""
+    return tuple(torch.from_numpy(table).to(device) for table in symmetries(G))
+
+
+
 class Grid:
     """What the stages need to know of a body; ant.Ant is the other one."""
     parts = staticmethod(grid_parts)  # embedding and heads of the base
@@ -85,8 +94,7 @@ class Grid:
     def turned(world, g, obs, action):
         """Steps seen and done in a turned world: g (B, T) which symmetry (0: as it is), obs
         (B, T, K), action (B, T) -> the same shapes."""
-        tables = symmetries(world.G)
-        cells, actions = (torch.from_numpy(table).to(obs.device) for table in tables)
+        cells, actions = symmetry_tables(world.G, obs.device)
         return cells[g[..., None], obs], actions[g, action]  # (8, C), (8, 4)
 
     @staticmethod

@@ -2,7 +2,7 @@
 
   1. checkpoints   whole or refused, written atomically, with a fingerprint of what made them
   2. Training      the one loop of every stage: resume, bar, evaluations, log, save, stop
-  3. device        device, precision and compiler, chosen by looking
+  3. device        device and precision, chosen by looking; CUDA graphs
 
 How a resumed run can equal an uninterrupted one, bit for bit: nothing random depends on the past.
 Before step k of a stage, torch's generator is seeded with (seed, stage, k), and NumPy's, which
@@ -47,7 +47,8 @@ class Run:
     folder: Path
     device: torch.device = torch.device("cpu")
     dtype: torch.dtype = torch.float32
-    compiler: str = "off"
+    graphs: bool = False  # replay supervised steps as CUDA graphs, see Graphs
+    workers: int = 0  # processes that draw episodes
     names: tuple = ()  # the checkpoints that this invocation reads or writes
     extend: bool = True  # may a finished RL go on, if more updates are asked for?
     fresh: bool = False  # train also what is shipped
@@ -386,7 +387,7 @@ class Stop:
 # ---------------------------------------------------------------------------------------- 3. device
 
 def choose_device(run):
-    """Resolve device, dtype and compile, and print each choice with its reason."""
+    """Resolve device and dtype, and print each choice with its reason."""
     cfg = run.cfg
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
@@ -397,6 +398,8 @@ def choose_device(run):
             raise Refused(f"{os.environ['LOCAL_WORLD_SIZE']} processes need as many GPUs, and "
                           f"there are {torch.cuda.device_count()}")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        run.workers = torch.get_num_threads()  # a GPU learns faster than one process draws
+        run.graphs = cfg.graphs and cfg.body == "point" and parallel.count() == 1
     reason = ("asked for" if cfg.device != "auto" else "CUDA found" if cuda else "no CUDA found")
     print(f"device {run.device} ({reason}), {parallel.count()} x {torch.get_num_threads()} CPU "
           f"threads")
@@ -414,15 +417,39 @@ def choose_device(run):
         reason = f"bfloat16 matrix products measured at {ratio:.2g}x the speed of float32"
     run.dtype = parallel.agreed(run.dtype)
     print(f"dtype {run.dtype} ({reason})")
-    if cfg.compile != "auto":
-        run.compiler, reason = cfg.compile, "asked for"
-    elif run.device.type == "cpu":
-        run.compiler, reason = "off", "inductor gains nothing on CPU at these sizes"
-    else:
-        from torch.utils._triton import has_triton  # what inductor needs on CUDA
-        run.compiler, reason = (("inductor", "Triton found") if has_triton()
-                                else ("cudagraphs", "no Triton"))
-    print(f"compile {run.compiler} ({reason})")
+    if run.device.type == "cuda":
+        print(f"{run.workers} processes draw episodes, CUDA graphs {'on' if run.graphs else 'off'}")
+
+
+class Graphs:
+    """A function of a batch (a dict of tensors) that works on the GPU alone, replayed as a CUDA
+    graph: one for every shape of batch["mask"], recorded when that shape comes for the second time.
+    At these sizes a GPU waits for Python to launch some hundred small kernels a step."""
+
+    def __init__(self, function):
+        self.function, self.met, self.recorded = function, set(), {}
+
+    def __call__(self, batch):
+        shape = batch["mask"].shape
+        if shape not in self.met:  # on a stream of its own, as PyTorch wants it before a recording
+            self.met.add(shape)
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                result = self.function(batch)
+            torch.cuda.current_stream().wait_stream(stream)
+            return result
+        if shape not in self.recorded:
+            inputs = {name: x.clone() for name, x in batch.items()}
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                result = self.function(inputs)
+            self.recorded[shape] = graph, inputs, result
+        graph, inputs, result = self.recorded[shape]
+        for name, x in batch.items():
+            inputs[name].copy_(x)
+        graph.replay()
+        return result
 
 
 def seconds_of_product(device, dtype):

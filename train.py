@@ -66,6 +66,7 @@ from metacontroller import BETA_THRESHOLD, CompILE, Decoder, Metacontroller, dis
 from model import SequenceModel, pretraining_loss
 from runs import (
     EVAL_SEED,
+    Graphs,
     Interrupted,
     Run,
     Training,
@@ -86,17 +87,22 @@ from runs import (
 CHUNK = 32  # batches drawn at once: episodes of similar length share one, with little padding
 
 
-def tensors(run, data):
-    """Trajectories -> a batch. CUDA graphs are recorded once for each shape: for them T is padded
-    to one of eight lengths, with steps that do not exist."""
+def tensors(run, data, pad=False):
+    """Trajectories -> a batch. CUDA graphs are recorded once for each shape: for them, pad, T is
+    one of eight lengths, with steps that do not exist."""
     arrays = {"obs": data.obs(), "action": data.action, "subgoal": data.subgoal,
               "mask": data.mask(), "switches": data.switches()}
-    if run.compiler == "cudagraphs":
+    if pad:
         T, unit = data.action.shape[1], math.ceil(run.cfg.T / 8)
-        more = math.ceil(T / unit) * unit - T
+        more = min(math.ceil(T / unit) * unit, run.cfg.T) - T
         arrays = {name: np.pad(x, ((0, 0), (0, more), *[(0, 0)] * (x.ndim - 2)))
                   for name, x in arrays.items()}
     return {name: torch.from_numpy(value).to(run.device) for name, value in arrays.items()}
+
+
+def deaf(worker):
+    """What a Ctrl-C means is decided in the process that trains."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def thin_steps(cfg, steps):
@@ -119,14 +125,20 @@ def batches(run, purpose, size, clean, first, last, keep=.1):
     draw = body.source(run, clean)
     thin = thin_steps(cfg, last)
     for n, begin, end in ((cfg.thin_batch, first, thin), (size, max(first, thin), last)):
-        for chunk in range(begin // CHUNK, (end - 1) // CHUNK + 1):  # none where begin >= end
+        def drawn(chunk, n=n):
             rng = seed_everything(cfg.seed, purpose, chunk)
             data = draw(rng, CHUNK * n)
             by_length = data.length.argsort(kind="stable").reshape(CHUNK, n)
-            for step, rows in enumerate(by_length[rng.permutation(CHUNK)], start=chunk * CHUNK):
+            return [data[rows] for rows in by_length[rng.permutation(CHUNK)]]
+        chunks = range(begin // CHUNK, (end - 1) // CHUNK + 1)  # none where begin >= end
+        source = torch.utils.data.DataLoader(
+            chunks, batch_size=None, collate_fn=drawn, num_workers=run.workers,
+            multiprocessing_context="fork" if run.workers else None, worker_init_fn=deaf)
+        for chunk, parts in zip(chunks, source):
+            for step, data in enumerate(parts, start=chunk * CHUNK):
                 if begin <= step < end:
                     seed_everything(cfg.seed, purpose, step)
-                    batch = tensors(run, data[rows])
+                    batch = tensors(run, data, pad=run.graphs)
                     if step < thin:
                         batch = body.thin(batch, cfg.G, keep * (step / thin) ** 2)
                     yield step, batch
@@ -164,7 +176,7 @@ def view_of(batch, world, symmetric, splice, join):
     step (B, T'): step t of view b is step step[b, t] of episode row[b, t] (at an arrival: is
     steered by that step's code); and mask (B, T'), the steps to be scored. T' = T without join.
     """
-    if not (symmetric or splice or join):
+    if not (symmetric or join) and isinstance(splice, float) and not splice:
         return None
     obs, mask, body = batch["obs"], batch["mask"], BODIES[world.body]
     length = mask.sum(1, keepdim=True)  # (B, 1)
@@ -179,16 +191,19 @@ def view_of(batch, world, symmetric, splice, join):
     begin = torch.minimum((draw() * length).long(), others) * spliced  # (B, 1) this episode's
     past = torch.where(joined, others + 1, begin)  # (B, 1) how many steps are the other's
     ends = past + length - begin  # (B, 1)
-    t = torch.arange(max(T, int(ends.max())) if join else T, device=device)  # (T',)
+    if join:  # a CUDA graph can't ask how long the longest is
+        recording = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        T = 2 * T + 1 if recording else max(T, int(ends.max()))
+    t = torch.arange(T, device=device)  # (T',)
     foreign = t < past  # (B, T')
     row = torch.where(foreign, other, rows)
     theirs = torch.where(joined, t, others - past + t)  # (B, T')
-    step = torch.where(foreign, theirs, begin + t - past).clamp(0, T)
+    step = torch.where(foreign, theirs, begin + t - past).clamp(0, mask.shape[1])
     seen = obs[row, step]  # (B, T', K)
     g = torch.randint(SYMMETRIES if symmetric else 1, (B, 1), device=device)[row, 0]  # (B, T')
     arrival = joined & (t == past - 1)
     row = torch.where(arrival, rows, row)
-    step = torch.where(arrival, 0, step).clamp(max=T - 1)
+    step = torch.where(arrival, 0, step).clamp(max=mask.shape[1] - 1)
     seen, action = body.turned(world, g, seen, batch["action"][row, step])
     return {"obs": seen, "action": action, "row": row, "step": step,
             "mask": (t < ends) & ~arrival}
@@ -225,12 +240,24 @@ def optimise(loss, model, optimizer, lr):
 
 
 def supervise(run, training, source, lr, loss_of, report):
-    """The loop of every supervised stage: loss_of(step, batch) -> loss, one's own part of it."""
-    def learn(step, batch):
+    """The loop of every supervised stage: loss_of(batch) -> loss, one's own part of it."""
+    def learned(batch, rate):
         with autocast(run):
-            loss = loss_of(step, batch)
-        rate = lr * schedule(run.cfg, step, training.steps)
+            loss = loss_of(batch)
         return optimise(loss, training.model, training.optimizer, rate)
+
+    def learn(step, batch):
+        return learned(batch, lr * schedule(run.cfg, step, training.steps))
+
+    if run.graphs:
+        rate = torch.zeros((), device=run.device)  # a recording reads it anew
+        for group in training.optimizer.param_groups:
+            group["capturable"] = True
+        replayed = Graphs(lambda batch: learned(batch, rate))
+
+        def learn(step, batch):
+            rate.fill_(lr * schedule(run.cfg, step, training.steps))
+            return replayed(batch)
     training.go(source, learn, report)
     parallel.wait()  # for the checkpoint
 
@@ -245,9 +272,6 @@ def new_base(run):
     model = SequenceModel(parts, width=cfg.width, layers=cfg.layers, heads=cfg.heads,
                           hidden=cfg.hidden, buckets=cfg.buckets, layer=cfg.layer, lam=cfg.lam,
                           mixer=cfg.mixer)
-    if run.compiler != "off":
-        for block in model.blocks:  # in place: names in checkpoints stay
-            block.compile(backend=run.compiler, dynamic=run.compiler == "inductor" or None)
     return model.to(run.device)
 
 
@@ -285,7 +309,7 @@ def pretrain(run):
         test = tensors(run, data)
         thin = thin_steps(cfg, cfg.base_steps)
 
-        def loss_of(step, batch):
+        def loss_of(batch):
             obs, action = batch["obs"], batch["action"]
             if cfg.turn:  # NOT in paper: eight worlds for one, as demonstrations are expensive
                 g = torch.randint(SYMMETRIES, (len(obs), 1), device=run.device)
@@ -331,7 +355,7 @@ def control(run):
         data, bounds = body.examination(run, clean=True)
         test = tensors(run, data)
 
-        def loss_of(step, batch):
+        def loss_of(batch):
             view = view_of(batch, world, cfg.symmetric, 0., cfg.join)
             if view is None:
                 view = batch | {"obs": batch["obs"][:, :-1]}
@@ -393,18 +417,25 @@ def discover(run):
             # those codes form fast, on these no subgoal is cut in two.
             return min(1., max(0, step + 1 - cfg.alpha_start) / max(cfg.alpha_ramp, 1))
 
-        def loss_of(step, batch):
+        share = torch.zeros((), device=run.device)  # of alpha, at this step
+
+        def growing(source):
+            for step, batch in source:
+                share.fill_(grown(step))
+                yield step, batch
+
+        def loss_of(batch):
             # `batches` has just seeded torch for this step. Drawn for all of the horizon, so that
             # it does not depend on how far the batch is padded.
             B, T = batch["mask"].shape
             noise = torch.randn(cfg.T, B, cfg.n_z, device=run.device)[:T].transpose(0, 1)
-            splice = cfg.splice * (1 - grown(step))
+            splice = cfg.splice * (1 - share) if cfg.splice else 0.
             view = view_of(batch, world, cfg.symmetric, splice, cfg.join)
             mine, mine_of_view = parallel.own(batch | {"noise": noise}), view and parallel.own(view)
             # Wanted: this process's part of the mean NLL, over the view's steps, plus alpha times
             # its part of the mean KL, over the episodes' steps.
             scored = parallel.part((view or batch)["mask"])
-            alpha = cfg.alpha * grown(step) * parallel.part(batch["mask"]) / scored
+            alpha = cfg.alpha * share * parallel.part(batch["mask"]) / scored
             parallel.own_luck()
             return scored * discovery_loss(
                 base, meta.train(), mine["obs"], mine["action"], mine["mask"], mine["noise"],
@@ -415,7 +446,7 @@ def discover(run):
 
         source = batches(dataclasses.replace(run, cfg=luck), "meta", cfg.meta_batch, True,
                          training.first, cfg.meta_steps, cfg.keep)
-        supervise(run, training, source, cfg.meta_lr, loss_of, report)
+        supervise(run, training, growing(source), cfg.meta_lr, loss_of, report)
     frozen(learner)
     return base, meta
 

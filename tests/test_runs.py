@@ -259,14 +259,6 @@ def test_out_of_memory_later_on_is_one_sentence(tmp_path, capsys, monkeypatch, e
     assert "out of memory" in err and "--meta_batch 32" in err and "--eval_episodes 40" in err
 
 
-def test_a_compiler_that_is_not_there_is_said_before_work(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("CXX", "/nonexistent/g++")
-    line = ["--preset", "smoke", "--out", str(tmp_path / "x"), "--device", "cpu", "--compile"]
-    assert "/nonexistent/g++ is not to be found" in refused([*line, "inductor"], capsys)
-    assert "CUDA" in refused([*line, "cudagraphs"], capsys)
-    assert not (tmp_path / "x").exists()
-
-
 # ----------------------------------------------------------------------------- stopping, going on
 
 
