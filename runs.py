@@ -422,12 +422,14 @@ def choose_device(run):
 
 
 class Graphs:
-    """A function of a batch (a dict of tensors) that works on the GPU alone, replayed as a CUDA
-    graph: one for every shape of batch["mask"], recorded when that shape comes for the second time.
-    At these sizes a GPU waits for Python to launch some hundred small kernels a step."""
+    """A step of `optimizer` on a batch (a dict of tensors), replayed as a CUDA graph: one for every
+    shape of batch["mask"], recorded when that shape comes for the second time. At these sizes a GPU
+    waits for Python to launch some hundred small kernels a step."""
 
-    def __init__(self, function):
+    def __init__(self, function, optimizer):
         self.function, self.met, self.recorded = function, set(), {}
+        for group in optimizer.param_groups:
+            group["capturable"] = True
 
     def __call__(self, batch):
         shape = batch["mask"].shape

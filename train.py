@@ -241,23 +241,19 @@ def optimise(loss, model, optimizer, lr):
 
 def supervise(run, training, source, lr, loss_of, report):
     """The loop of every supervised stage: loss_of(batch) -> loss, one's own part of it."""
-    def learned(batch, rate):
+    rate = torch.zeros((), device=run.device)  # a tensor: a CUDA graph reads it anew
+
+    def optimised(batch):
         with autocast(run):
             loss = loss_of(batch)
         return optimise(loss, training.model, training.optimizer, rate)
 
-    def learn(step, batch):
-        return learned(batch, lr * schedule(run.cfg, step, training.steps))
-
     if run.graphs:
-        rate = torch.zeros((), device=run.device)  # a recording reads it anew
-        for group in training.optimizer.param_groups:
-            group["capturable"] = True
-        replayed = Graphs(lambda batch: learned(batch, rate))
+        optimised = Graphs(optimised, training.optimizer)
 
-        def learn(step, batch):
-            rate.fill_(lr * schedule(run.cfg, step, training.steps))
-            return replayed(batch)
+    def learn(step, batch):
+        rate.fill_(lr * schedule(run.cfg, step, training.steps))
+        return optimised(batch)
     training.go(source, learn, report)
     parallel.wait()  # for the checkpoint
 
