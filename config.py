@@ -177,7 +177,7 @@ PRESETS = {
     # enough that a gate which opens inside a pair does not pay.
     "grid-trio": Config(
         G=5, O=6, W=0, T=50, task_set="trio", post_task="0-1-2-3-4-5-0-1-2-3",
-        width=128, layers=4, heads=4, hidden=256, relative=True, lam=.1, warmup=100, decay=.5,
+        width=128, layers=4, heads=4, hidden=256, relative=True, lam=0., warmup=100, decay=.5,
         base_steps=12_000, base_batch=64, base_lr=3e-3,
         layer=2, symmetric=True, join=.5,
         control_steps=2000, control_batch=128, control_lr=3e-3,

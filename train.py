@@ -413,11 +413,11 @@ def discover(run):
             # those codes form fast, on these no subgoal is cut in two.
             return min(1., max(0, step + 1 - cfg.alpha_start) / max(cfg.alpha_ramp, 1))
 
-        share = torch.zeros((), device=run.device)  # of alpha, at this step
+        growth = torch.zeros((), device=run.device)  # a tensor, like the rate in `supervise`
 
         def growing(source):
             for step, batch in source:
-                share.fill_(grown(step))
+                growth.fill_(grown(step))
                 yield step, batch
 
         def loss_of(batch):
@@ -425,13 +425,13 @@ def discover(run):
             # it does not depend on how far the batch is padded.
             B, T = batch["mask"].shape
             noise = torch.randn(cfg.T, B, cfg.n_z, device=run.device)[:T].transpose(0, 1)
-            splice = cfg.splice * (1 - share) if cfg.splice else 0.
+            splice = cfg.splice * (1 - growth) if cfg.splice else 0.
             view = view_of(batch, world, cfg.symmetric, splice, cfg.join)
             mine, mine_of_view = parallel.own(batch | {"noise": noise}), view and parallel.own(view)
             # Wanted: this process's part of the mean NLL, over the view's steps, plus alpha times
             # its part of the mean KL, over the episodes' steps.
             scored = parallel.part((view or batch)["mask"])
-            alpha = cfg.alpha * share * parallel.part(batch["mask"]) / scored
+            alpha = cfg.alpha * growth * parallel.part(batch["mask"]) / scored
             parallel.own_luck()
             return scored * discovery_loss(
                 base, meta.train(), mine["obs"], mine["action"], mine["mask"], mine["noise"],
