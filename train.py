@@ -125,7 +125,7 @@ def batches(run, purpose, size, clean, first, last, keep=.1):
     draw = body.source(run, clean)
     thin = thin_steps(cfg, last)
     for n, begin, end in ((cfg.thin_batch, first, thin), (size, max(first, thin), last)):
-        def drawn(chunk, n=n):
+        def drawn(chunk, n=n):  # in a worker, where there are any
             rng = seed_everything(cfg.seed, purpose, chunk)
             data = draw(rng, CHUNK * n)
             by_length = data.length.argsort(kind="stable").reshape(CHUNK, n)
@@ -176,6 +176,7 @@ def view_of(batch, world, symmetric, splice, join):
     step (B, T'): step t of view b is step step[b, t] of episode row[b, t] (at an arrival: is
     steered by that step's code); and mask (B, T'), the steps to be scored. T' = T without join.
     """
+    # A splice that changes from step to step is a tensor, whose value a CUDA graph can't ask for.
     if not (symmetric or join) and isinstance(splice, float) and not splice:
         return None
     obs, mask, body = batch["obs"], batch["mask"], BODIES[world.body]
