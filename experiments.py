@@ -6,6 +6,7 @@
            or 8 for another depth, with an --out of its own
   ablate   B.2, Fig. A2: the base's length, weight decay, lambda and the experts' noise, by C.3
   rate     C.6, Fig. 7: KL against NLL over alpha, base frozen or trained along
+  rivals   C.4.2, Fig. 8: internal RL, base frozen or trained along, with our views and without
   gates    Fig. 6, A3: the gate against true subgoals, on demonstrations and under the policy
   codes    what a code means: where codes lead, and one of them on six boards
   transplant  B.3.2: do codes that led to a colour lead to it elsewhere, and where demonstrations
@@ -197,6 +198,22 @@ def ablate(run):
 ALPHAS = (.01, .03, .1, .3, 1., 3.)
 
 
+def arms(cfg):
+    """Base frozen or trained along (C.4.2): name -> fields. A base that is trained along sees as
+    many episodes as base and metacontroller of the other arm together."""
+    more = round(cfg.base_steps * cfg.base_batch / cfg.meta_batch)
+    return {"frozen": {}, "cotrained": {"joint": True, "meta_steps": cfg.meta_steps + more}}
+
+
+def arm_of(run, arm, **changes):
+    """The run of an arm with these changes, in a folder of its own, on the run's base."""
+    one = variant(run, **changes, **arms(run.cfg)[arm])
+    if arm == "frozen":
+        train.pretrain(run)
+        runs.copy_checkpoint("base", run.folder, one.folder)
+    return one
+
+
 def rate(run, seeds=3):
     """Fig. 7: what the code costs against what it buys, with the Gumbel gate, on a frozen base and
     with the base trained together with the metacontroller (C.4.2), which sees as many episodes as
@@ -206,26 +223,37 @@ def rate(run, seeds=3):
 
     NOT in paper: alpha grows from 0, and the base of the first arm is this run's.
     """
-    cfg = run.cfg
-    more = round(cfg.base_steps * cfg.base_batch / cfg.meta_batch)
-    arms = {"frozen": {}, "cotrained": {"joint": True, "meta_steps": cfg.meta_steps + more}}
-
     def measure(arm, alpha, meta_seed):
-        one = variant(run, gate="gumbel", alpha=alpha, meta_seed=meta_seed, **arms[arm])
-        if arm == "frozen":
-            train.pretrain(run)
-            runs.copy_checkpoint("base", run.folder, one.folder)
+        one = arm_of(run, arm, gate="gumbel", alpha=alpha, meta_seed=meta_seed)
         train.discover(one)
         last = runs.read_log(one.folder, "meta" + runs.suffix(one))[-1]
-        data, _ = train.BODIES[cfg.body].examination(run, clean=True)
+        data, _ = train.BODIES[run.cfg.body].examination(run, clean=True)
         kept = ("nll", "switches", "true_switches", "f1", "opens_subgoal_end", "opens_inside",
                 "code_identity")
         return {**{key: last[key] for key in kept}, "aligned": last["f1"] > .9,
                 "kl": last["kl_per_episode"] / float(data.length.mean())}
 
     cells = [{"arm": arm, "alpha": alpha, "meta_seed": k}
-             for k in range(seeds) for arm in arms for alpha in ALPHAS]
+             for k in range(seeds) for arm in arms(run.cfg) for alpha in ALPHAS]
     measured(run, "rate", cells, measure)
+
+
+def rivals(run):
+    """What makes codes useful, a frozen base or our views? Rows: arm, views; rl_curve, a list of
+    [episodes, success]; success, its end; of stage 2 nll, f1, code_identity (share of ln S)."""
+    plain = {"symmetric": False, "splice": 0., "join": 0.}
+
+    def measure(arm, views):
+        one = arm_of(run, arm, **({} if views else plain))
+        train.rl(one)
+        last = runs.read_log(one.folder, "meta" + runs.suffix(one))[-1]
+        curve = [[line["episodes"], line["eval_success"]]
+                 for line in runs.read_log(one.folder, "policy" + runs.suffix(one))]
+        return {"success": curve[-1][1], "rl_curve": curve, "nll": last["nll"], "f1": last["f1"],
+                "code_identity": last["code_identity"] / last["code_identity_max"]}
+
+    cells = [{"arm": arm, "views": views} for arm in arms(run.cfg) for views in (True, False)]
+    measured(run, "rivals", cells, measure)
 
 
 # ------------------------------------------------------------- 6. gates, codes, transplant (B.3)
@@ -333,8 +361,8 @@ def transplanted(run, n=2000):
 
 # ---------------------------------------------------------------------------------- 7. command line
 
-EXPERIMENTS = {"probe": probe, "layers": layers, "ablate": ablate, "rate": rate, "gates": gates,
-               "codes": codes, "transplant": transplanted}
+EXPERIMENTS = {"probe": probe, "layers": layers, "ablate": ablate, "rate": rate, "rivals": rivals,
+               "gates": gates, "codes": codes, "transplant": transplanted}
 FOR_ANY_BODY = ("gates", "transplant")
 
 
