@@ -6,15 +6,14 @@ pictures into figures/grid-small/.
                 (Fig. 8, A5)
   3. film       a GIF of the agent at the post-training task, with its gate and its code
   4. analyses   what `python analysis.py WHAT` measured: probes (Fig. 3), layers (Fig. 4),
-                ablations (Fig. A2), rate (Fig. 7), gates (Fig. 6, A3), codes, transplant (B.3.2)
-  5. results    results.json: the numbers of every seed, from the runs' own logs, and the table of
-                docs/results.md
+                ablations (Fig. A2), rate (Fig. 7), rivals, gates (Fig. 6, A3), codes, transplant
+                (B.3.2)
+  5. everything
 
-1 and 3 are drawn from the .jsonl logs and .pt files of all seeds found; 2 and 4 from results.json
-alone: without runs, from the one in assets/. What has no data is skipped, saying so. Nothing is
-trained.
+First results.py writes results.json from the runs' logs. 1 and 3 are drawn from the .jsonl logs and
+.pt files of all seeds found; 2 and 4 from results.json alone: without runs, from the one in
+assets/. What has no data is skipped, saying so. Nothing is trained.
 """
-import itertools
 import json
 import sys
 from pathlib import Path
@@ -24,7 +23,6 @@ import matplotlib
 matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.ticker import MaxNLocator
 
@@ -33,25 +31,13 @@ from config import Parser, Refused, world_of
 from envs import PALETTE
 from internal_rl import internal_episodes
 from metacontroller import BETA_THRESHOLD
-from runs import ASSETS, EVAL_SEED, finished, load_checkpoint, read_log, seed_everything
+from results import CURVES, logs, ready, write_results
+from runs import ASSETS, EVAL_SEED, seed_everything
 
 METHODS = {"policy": "internal RL", "policy-forced": "forced switching",
            "policy-cotrain": "co-training", "policy-compile": "CompILE", "raw": "raw-action RL"}
-CURVES = {"policy": "rl_curve", "policy-forced": "forced_curve",
-          "policy-cotrain": "cotrain_curve", "policy-compile": "compile_curve",
-          "raw": "raw_curve"}
 # Told apart by colour-blind readers, too.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00")
-
-
-def ready(folder, name):
-    """Is there a checkpoint `name` whose training has ended?"""
-    return (folder / f"{name}.pt").exists() and finished(train.open_run(folder, name), name)
-
-
-def logs(folders, name):
-    """The logs of all seeds whose training has ended."""
-    return [read_log(folder, name) for folder in folders if ready(folder, name)]
 
 
 def save(figure, path):
@@ -325,6 +311,27 @@ def draw_rate(rows, to):
     save(figure, to / "rate.png")
 
 
+def draw_rivals(rows, to):
+    """Is it the frozen base, or our views? Internal RL of every seed, from episode 0 on."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
+    for axis, views in zip(axes, (True, False)):
+        ends = []
+        for (arm, text), colour in zip((("frozen", "frozen base"), ("cotrained", "co-trained")),
+                                       COLOURS):
+            own = [row for row in rows if (row["arm"], row["views"]) == (arm, views)]
+            for row in own:
+                episodes, success = zip(*row["rl_curve"])
+                axis.plot(episodes, success, color=colour, lw=1.2, clip_on=False)
+            if own:
+                ends.append((np.median([row["success"] for row in own]), text, colour))
+        axis.set(xlabel="episodes of internal RL", ylim=(0, 1), xlim=(0, None),
+                 title="codes steer other views" if views else "codes steer their own episode")
+        label_ends(axis, ends, .08)
+    axes[0].set_ylabel(f"success, {measured_on(rows)}")
+    figure.subplots_adjust(wspace=.4)
+    save(figure, to / "rivals.png")
+
+
 def colour_of(subgoal):
     return PALETTE[subgoal % len(PALETTE)] / 255
 
@@ -432,156 +439,12 @@ def wilson(rate, n, z=1.96):
     return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
 
-ANALYSES = {"probe": draw_probes, "layers": draw_layers, "ablate": draw_ablations,
-            "rate": draw_rate, "gates": draw_gates, "codes": draw_codes,
-            "transplant": draw_transplant}
+DRAWN = {"probe": draw_probes, "layers": draw_layers, "ablate": draw_ablations,
+         "rate": draw_rate, "rivals": draw_rivals, "gates": draw_gates, "codes": draw_codes,
+         "transplant": draw_transplant}
 
 
-# --------------------------------------------------------------------------------------- 5. results
-
-def seed_results(folder):
-    """The numbers of one seed, for results.json. None where something has not been run.
-
-    bayes_gap_closed, switch_f1 (exact step), switch_f1_1 (+-1), switch_f1_5, undecided (gates),
-    code_none: shares. code_identity: share of ln S. *_success: share of fresh episodes of the
-    post-training task; rl_success_normalised: divided by the ant's expert's. nll: of the base, nats
-    per action; right_turns*: see ant.right_turns. gate_*: see analysis.opened_at_arrivals.
-    *_curve: lists of [episodes, success]. layer: the controlled one, of so many layers.
-    control_success_by_leg, success_by_subgoals, opens_*: see analysis.py.
-    kl_open, kl_shut: nats per step. *_episodes: episodes trained on. raw_unchanged: raw RL's
-    weights are still the base's, bit for bit: no episode was ever rewarded. minutes: the path of
-    `--stage rl`, rivals but raw excluded, demonstrations included and the walker not;
-    base_minutes: the part of the base.
-    """
-    last = {name: (logs([folder], name) or [[{}]])[0][-1]
-            for name in ("base", "control", "meta", "policy", "raw")}
-
-    def read(name):
-        return json.loads((folder / name).read_text()) if (folder / name).exists() else {}
-
-    plain, base, meta = read("eval.json"), last["base"], last["meta"]
-    layers = {}
-    if meta:
-        cfg = train.open_run(folder, "meta").cfg
-        layers = {"layer": cfg.layer, "layers": cfg.layers}
-    unchanged = None
-    if last["raw"]:
-        before, after = (load_checkpoint(folder / f"{x}.pt")["model"] for x in ("base", "raw"))
-        unchanged = all(torch.equal(a, b) for a, b in zip(before.values(), after.values()))
-    made = [read(f"demonstrations-{kind}/made.json").get("seconds", 0)
-            for kind in ("noisy", "clean")]
-    identity = meta.get("code_identity")
-    expert = plain.get("expert_success")
-    normalised = plain["rl_success"] / expert if expert and "rl_success" in plain else None
-    seconds = sum(made) + sum(line.get("seconds", 0) for line in last.values())
-    numbers = {
-        "seed": int(folder.name.removeprefix("seed")),
-        "bayes_gap_closed": base.get("gap_closed"), "expert_success": expert,
-        "nll": base.get("nll"),
-        **{key: base.get(key) for key in ("right_turns", "right_turns_bayes", "right_turns_blind")},
-        "control_success": plain.get("control_success"), "switch_f1": meta.get("f1"),
-        "switch_f1_1": meta.get("f1_1"), "switch_f1_5": meta.get("f1_5"),
-        **{key: meta.get(key) for key in ("undecided", "kl_open", "kl_shut", "code_none")},
-        "code_identity": identity and identity / meta["code_identity_max"],
-        **{key: plain.get(key) for key in ("code_success", "rl_success", "success_by_subgoals")},
-        **{key: meta.get(key) for key in ("opens_subgoal_end", "opens_inside")},
-        "control_success_by_leg": last["control"].get("success_by_leg"), **layers,
-        "rl_success_normalised": normalised, "rl_episodes": last["policy"].get("episodes"),
-        "gate_next_door": plain.get("gate_next_door"),
-        "gate_elsewhere": plain.get("gate_elsewhere"), "raw_success": plain.get("raw_success"),
-        "raw_episodes": last["raw"].get("episodes"), "raw_unchanged": unchanged,
-        "forced_success": read("eval-forced.json").get("rl_success"),
-        "cotrain_success": read("eval-cotrain.json").get("rl_success"),
-        "compile_success": read("eval-compile.json").get("rl_success"),
-        "blind_success": plain.get("blind_success"), "minutes": seconds / 60,
-        "base_minutes": base.get("seconds", 0) / 60}
-    for name, key in CURVES.items():
-        if ready(folder, name):
-            numbers[key] = [[line["episodes"], line["eval_success"]]
-                            for line in read_log(folder, name)]
-    own = ("expert_success", "nll", "right_turns", "right_turns_bayes", "right_turns_blind",
-           "switch_f1_5", "rl_success_normalised")
-    skipped = ("bayes_gap_closed",) if "right_turns" in base else own
-    return {key: value for key, value in numbers.items() if key not in skipped}
-
-
-# Of rivals, evaluated by themselves, see train.evaluate.
-RIVAL_KEYS = tuple(f"{rival}_{what}" for rival in ("forced", "cotrain", "compile")
-                   for what in ("success", "curve"))
-ROWS = {
-    "bayes_gap_closed": ("base: share of the gap to Bayes closed", "{:.1%}"),
-    "nll": ("base: NLL, nats per action", "{:.2f}"),
-    "right_turns": ("base: right turns", "{:.3f}"),
-    "right_turns_bayes": ("Bayes-optimal: right turns", "{:.3f}"),
-    "right_turns_blind": ("goal-blind: right turns", "{:.3f}"),
-    "expert_success": ("the ant's expert, success", "{:.3f}"),
-    "control_success": ("true-subgoal controllers (C.3), success", "{:.3f}"),
-    "switch_f1": ("gate F1, exact step", "{:.3f}"),
-    "switch_f1_1": ("gate F1, +-1 step", "{:.3f}"),
-    "switch_f1_5": ("gate F1, +-5 steps", "{:.3f}"),
-    "opens_subgoal_end": ("the gate opens where a subgoal ends", "{:.1%}"),
-    "opens_inside": ("where a colour inside one is reached", "{:.1%}"),
-    "undecided": ("gates between .1 and .9", "{:.1%}"),
-    "kl_open": ("KL per step, gate open, nats", "{:.2f}"),
-    "kl_shut": ("KL per step, gate shut, nats", "{:.2f}"),
-    "code_identity": ("code identity, share of ln S", "{:.1%}"),
-    "code_none": ("codes that lead nowhere", "{:.1%}"),
-    "code_success": ("codes from the prior, success", "{:.4f}"),
-    "rl_success": ("**internal RL, success**", "{:.3f}"),
-    "rl_success_normalised": ("divided by the expert's", "{:.3f}"),
-    "gate_next_door": ("the gate opens at an arrival straight from another colour", "{:.1%}"),
-    "gate_elsewhere": ("from an empty cell", "{:.1%}"),
-    "rl_episodes": ("episodes of internal RL", "{:,}"),
-    "raw_success": ("raw-action RL, success", "{:.4f}"),
-    "raw_episodes": ("episodes of raw-action RL", "{:,}"),
-    "raw_unchanged": ("raw-action RL left the base's weights as they were", "{}"),
-    "forced_success": ("forced switching, success", "{:.4f}"),
-    "cotrain_success": ("co-training, success", "{:.4f}"),
-    "compile_success": ("CompILE, success", "{:.4f}"),
-    "blind_success": ("blind sampling, success", "{:.5f}"),
-    "minutes": ("minutes", "{:.0f}"),
-    "base_minutes": ("of these, the base", "{:.0f}"),
-}
-
-
-def write_results(folders, preset, to):
-    """Put these seeds into this preset's entry of results.json, print the entry as a table and
-    return it, and the preset's analyses. Other seeds and presets stay as they are.
-
-    Of a seed that the file knows, a folder in which only rivals were evaluated adds their numbers,
-    and rivals that it lacks keep theirs.
-    """
-    path = to / "results.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
-    analyses = results.setdefault("analyses", {}).setdefault(preset, {})
-    for what, folder in itertools.product(ANALYSES, folders):
-        seed = int(folder.name.removeprefix("seed"))
-        new = [{"seed": seed, **row} for row in read_log(folder, what)]
-        if new:
-            others = [row for row in analyses.get(what, []) if row["seed"] != seed]
-            analyses[what] = sorted(others + new, key=lambda row: row["seed"])
-    known = {seed["seed"]: seed for seed in results.get(preset, {}).get("seeds", [])}
-    for folder in folders:
-        new = seed_results(folder)
-        old = known.get(new["seed"], {})
-        rivals = {key: new[key] for key in RIVAL_KEYS if new.get(key) is not None}
-        if old and not (folder / "eval.json").exists():
-            known[new["seed"]] = old | rivals
-        else:
-            rest = {key: x for key, x in new.items() if key not in RIVAL_KEYS or key not in old}
-            known[new["seed"]] = old | rest | rivals
-    seeds = [known[k] for k in sorted(known)]
-    results[preset] = {"seeds": seeds}
-    path.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"wrote {path}\n\n| | " + " | ".join(f"seed {seed['seed']}" for seed in seeds) + " |")
-    print("|---" * (len(seeds) + 1) + "|")
-    for key, (title, form) in ROWS.items():
-        if any(seed.get(key) is not None for seed in seeds):
-            cells = ["not run" if seed.get(key) is None else form.format(seed[key])
-                     for seed in seeds]
-            print(f"| {title} | " + " | ".join(cells) + " |")
-    return seeds, analyses
-
+# ------------------------------------------------------------------------------------ 5. everything
 
 def main(argv=None):
     parser = Parser("figures.py", description=__doc__.split("\n")[0], allow_abbrev=False)
@@ -609,7 +472,7 @@ def main(argv=None):
             draw_success(seeds, pictures)
         else:
             print("draw_success: no curves in results.json, skipped")
-        for what, draw in ANALYSES.items():
+        for what, draw in DRAWN.items():
             if what in analyses:
                 draw(analyses[what], pictures)
             else:

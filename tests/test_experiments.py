@@ -1,6 +1,7 @@
 """The paper's analyses: cells are measured once, and an interrupted experiment goes on."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -103,7 +104,7 @@ def test_codes_are_grouped_in_one_half_of_the_worlds_and_looked_at_in_the_other(
     assert np.allclose(row["confusion"], 1 / 4, atol=0.05) and sum(row["sizes"]) == 400
 
 
-def test_ablations_and_rates_train_what_their_cells_say(run, tmp_path, monkeypatch):
+def test_ablations_rates_and_rivals_train_what_their_cells_say(run, tmp_path, monkeypatch):
     """What is trained is faked: each cell is asked for the right configuration, once, and the
     pictures are drawn."""
     one = dataclasses.replace(run, folder=tmp_path / "runs" / "smoke" / "seed0")
@@ -119,13 +120,21 @@ def test_ablations_and_rates_train_what_their_cells_say(run, tmp_path, monkeypat
         runs.write_log(run.folder, "base", [{"gap_closed": 0.5}])
 
     def discover(run):
-        keys = ("nll", "switches", "true_switches", "opens_subgoal_end", "code_identity")
+        keys = ("nll", "switches", "true_switches", "opens_subgoal_end", "code_identity",
+                "code_identity_max")
         f1 = 0.95 if run.cfg.alpha < 0.2 else 0.85
         rest = {"f1": f1, "opens_inside": None, "kl_per_episode": 1.0}
         wrote(run, "meta" + runs.suffix(run), dict.fromkeys(keys, 1.0) | rest)
 
     monkeypatch.setattr(train, "control", control)
+    def rl(run):
+        discover(run)
+        success = 0.25 + run.cfg.joint / 2
+        line = {"episodes": 0, "eval_success": success}
+        runs.write_log(run.folder, "policy" + runs.suffix(run), [line])
+
     monkeypatch.setattr(train, "discover", discover)
+    monkeypatch.setattr(train, "rl", rl)
     monkeypatch.setattr(train, "pretrain", lambda run: None)
     monkeypatch.setattr(runs, "copy_checkpoint", lambda name, *folders: asked.append(folders))
     experiments.ablate(one)
@@ -148,9 +157,19 @@ def test_ablations_and_rates_train_what_their_cells_say(run, tmp_path, monkeypat
     assert [row["aligned"] for row in runs.read_log(one.folder, "rate")] == [
         row["alpha"] < 0.2 for row in runs.read_log(one.folder, "rate")
     ]
+    asked.clear()
+    experiments.rivals(one)
+    cells = [cfg for cfg, _ in asked if isinstance(cfg, config.Config)]
+    views = [(cfg.symmetric, cfg.splice, cfg.join) for cfg in cells]
+    assert views == [(True, 0.5, 0.5), (False, 0, 0)] * 2
+    assert [cfg.meta_steps - run.cfg.meta_steps for cfg in cells] == [0, 0, more, more]
+    assert [cfg.joint for cfg in cells] == [False, False, True, True]
     line = ["--preset", "smoke", "--out", str(tmp_path / "runs"), "--to", str(tmp_path)]
     assert figures.main(line) == 0
-    assert all((tmp_path / "smoke" / f"{name}.png").exists() for name in ("ablations", "rate"))
+    pictures = ("ablations", "rate", "rivals")
+    assert all((tmp_path / "smoke" / f"{name}.png").exists() for name in pictures)
+    (seed,) = json.loads((tmp_path / "results.json").read_text())["smoke"]["seeds"]
+    assert (seed["frozen_plain_success"], seed["cotrain_plain_success"]) == (0.25, 0.75)
 
 
 def test_the_ant_is_refused(capsys, tmp_path):

@@ -463,14 +463,14 @@ def test_figures_draws_all_that_the_runs_have(finished, tmp_path):
 
 
 def test_results_of_other_seeds_and_rivals_are_kept(finished, tmp_path):
-    import figures
+    from results import write_results
 
     folder, other = copied(finished, tmp_path), {"seed": 7, "rl_success": 0.5}
     path = tmp_path / "results.json"
 
     def written(*seeds):
         path.write_text(json.dumps({"smoke": {"seeds": [*seeds, other]}, "grid-small": {}}))
-        figures.write_results([folder], "smoke", tmp_path)
+        write_results([folder], "smoke", tmp_path)
         results = json.loads(path.read_text())
         assert results["smoke"]["seeds"][1] == other and results["grid-small"] == {}
         return results["smoke"]["seeds"][0]
