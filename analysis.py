@@ -133,19 +133,20 @@ def control_loss(base, decoder, obs, action, subgoal, mask):
     return masked_mean(action_nll(base.action_logits(decoder(e, z)), action), mask)
 
 
-def steer_by_subgoal(decoder):
-    """A `steer`: the controller of the true subgoal, switched at the right moments. A finished
-    episode gets controller 0, unused."""
+def steer_by_subgoal(decoder, codes):
+    """A `steer`: the code of the true subgoal, of codes (S, n_z), switched at the right moments. A
+    finished episode gets code 0, unused."""
     def steer(e, state, worlds, rows):
         subgoal = torch.from_numpy(worlds.subgoal()[rows].clip(0)).to(e.device)
-        return decoder(e, F.one_hot(subgoal, decoder.n_z).to(e.dtype))
+        return decoder(e, codes[subgoal])
     return steer
 
 
-def control_success(base, decoder, world, rng, n):
-    """Share of n episodes of the post-training task solved with true-subgoal controllers, and
-    success_by_leg."""
-    data, success, _ = play(base, world, [world.post_task] * n, rng, steer_by_subgoal(decoder))
+def control_success(base, decoder, codes, world, rng, n):
+    """Share of n episodes of the post-training task solved with the true subgoals' codes (S, n_z),
+    and success_by_leg. C.3: one-hot codes."""
+    steer = steer_by_subgoal(decoder, codes)
+    data, success, _ = play(base, world, [world.post_task] * n, rng, steer)
     return success.mean().item(), success_by_leg(world, data, success)
 
 

@@ -36,6 +36,7 @@ import train
 from analysis import (
     code_identity,
     code_outcomes,
+    control_success,
     gate_scores,
     opened_by_subgoals,
     outcome_counts,
@@ -308,6 +309,9 @@ def codes(run, shown=300, boards=6):
         group); rows are groups, columns where their codes led in other worlds, shares; sizes: how
         many codes a group has.
     code_identity and so on, as analysis.code_identity.
+    mean_code_success: of the post-training task, if the mean code of each true subgoal on
+        demonstrations, times 1, 1.5 and 2, is given at the true moments: what the decoder can do,
+        without gate and policy.
     boards: the code that leads most surely somewhere, held fixed in six worlds of side x side
         cells: things, of which the first `colours` are no walls, and path (the agent's cells);
         leads_to: its subgoal.
@@ -338,11 +342,17 @@ def codes(run, shown=300, boards=6):
                             steer_by_code(meta.decoder), held, layouts)
         paths = [{"things": played.things[n].tolist(),
                   "path": played.agent[n, :played.length[n] + 1].tolist()} for n in range(boards)]
+
+        mask, subgoal = torch.from_numpy(data.mask()), torch.from_numpy(data.subgoal)
+        means = torch.stack([z.cpu()[mask & (subgoal == k)].mean(0) for k in range(S)])  # (S, n_z)
+        given = [control_success(base, meta.decoder, scale * means.to(z.device), world, rng, 1000)
+                 for scale in (1, 1.5, 2)]
         return {"plane": plane.round(3).tolist(),
                 "explained": (sizes[:2] ** 2 / (sizes ** 2).sum()).tolist(),
                 "confusion": confusion, "sizes": [int((group == g).sum()) for g in range(S + 1)],
-                **code_identity(outcome, S), "leads_to": int(group[best]), "boards": paths,
-                "side": world.G, "colours": world.O}
+                **code_identity(outcome, S),
+                "mean_code_success": [success for success, _ in given],
+                "leads_to": int(group[best]), "boards": paths, "side": world.G, "colours": world.O}
 
     measured(run, "codes", [{}], measure)
 

@@ -119,7 +119,7 @@ def draw_success(seeds, to):
         if values:
             axes[2].plot([shown] * len(values), values, "o", color=colour, alpha=.6, clip_on=False)
             words = label.replace("-action", "").replace("co-", "co-\n").replace(" ", "\n")
-            axes[2].text(shown, -.04, f"{words}\n{len(values)} seeds", color=colour, fontsize=7,
+            axes[2].text(shown, -.04, f"{words}\n{seeds_of(values)}", color=colour, fontsize=7,
                          ha="center", va="top")
             shown += 1
     axes[2].set(title="at the end, every seed", ylim=(0, 1), xlim=(-.6, shown - .4), xticks=[])

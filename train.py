@@ -346,6 +346,7 @@ def control(run):
     base = pretrain(run)
     seed_everything(cfg.seed, "init", 1)
     decoder = Decoder(len(world.subgoals), cfg.width, cfg.rank).to(run.device)
+    codes = torch.eye(len(world.subgoals), device=run.device)  # (S, S)
     optimizer = adamw(decoder.parameters(), cfg.control_lr, cfg.control_wd)
     training = Training(run, "control", decoder, optimizer, base)
     if not training.done:
@@ -368,10 +369,9 @@ def control(run):
                 nll = control_loss(base, decoder, seen, test["action"], test["subgoal"],
                                    test["mask"]).item()
             rng = seed_everything(EVAL_SEED, "eval", 0)
-            success, legs = control_success(base, decoder, world, rng, cfg.eval_episodes)
+            success, legs = control_success(base, decoder, codes, world, rng, cfg.eval_episodes)
             with torch.no_grad():
-                z = torch.nn.functional.one_hot(test["subgoal"][:1], len(world.subgoals)).float()
-                e = decoder(base.lower(seen[:1]), z)  # (1, T, D)
+                e = decoder(base.lower(seen[:1]), codes[test["subgoal"][:1]])  # (1, T, D)
                 text = body.decoded(data, base.action_logits(e))
             metrics = {"nll": nll, "bayes": bounds.get("bayes"), "known": bounds.get("known"),
                        "success": success, "success_by_leg": legs, "layer": cfg.layer}
@@ -587,7 +587,8 @@ def evaluate(run):
         rate = np.concatenate([alone(base, rng) for _ in range(20)]).mean()
         rows["blind_success"] = "blind sampling from the base model", rate
         if has("control"):
-            rate = control_success(base, control(run), world, fresh(), n)[0]
+            codes = torch.eye(len(world.subgoals), device=run.device)
+            rate = control_success(base, control(run), codes, world, fresh(), n)[0]
             rows["control_success"] = "true-subgoal controllers (C.3)", rate
     if has("meta" + kind):
         base, meta = discover(run)

@@ -85,7 +85,8 @@ def test_true_subgoal_controllers_are_switched_at_the_right_moments():
             chosen.append(z.argmax(-1))
             return decoder(e, z)
 
-    steer = steer_by_subgoal(Spy())
+    codes = torch.eye(Spy.n_z)
+    steer = steer_by_subgoal(Spy(), codes)
     data = generate(WORLD, np.random.default_rng(0), 20)
     step = [0]
 
@@ -104,7 +105,7 @@ def test_true_subgoal_controllers_are_switched_at_the_right_moments():
     simulate(WORLD, [tuple(colours(n)) for n in range(20)], data.things, data.agent[:, 0], expert)
     chosen = torch.stack(chosen, 1).numpy()
     assert (chosen[:, : data.subgoal.shape[1]][data.mask()] == data.subgoal[data.mask()]).all()
-    success, legs = control_success(base, decoder, WORLD, rng(), 20)
+    success, legs = control_success(base, decoder, codes, WORLD, rng(), 20)
     assert 0 <= success <= 1 and len(legs) == len(WORLD.post_task)
 
 
