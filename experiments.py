@@ -61,6 +61,15 @@ def but_for(run, field, value):
     return run if value == getattr(run.cfg, field) else variant(run, **{field: value})
 
 
+def on_its_base(run, **changes):
+    """A variant that has the run's own base, trained first if need be."""
+    one = variant(run, **changes)
+    train.pretrain(run)
+    if changes:
+        runs.copy_checkpoint("base", run.folder, one.folder)
+    return one
+
+
 def lengths(run, parts):
     """Lengths of base training: 1 / parts[0], ... of the preset's."""
     return [run.cfg.base_steps // part for part in parts]
@@ -162,9 +171,7 @@ def layers(run):
     success_by_leg, unseen (which legs no demonstration shows)."""
     def measure(base_steps, layers, layer):
         parent = but_for(run, "base_steps", base_steps)
-        one = variant(parent, layer=layer)
-        train.pretrain(parent)
-        runs.copy_checkpoint("base", parent.folder, one.folder)  # it does not depend on the layer
+        one = on_its_base(parent, layer=layer)  # the base does not depend on the layer
         train.control(one)
         last = runs.read_log(one.folder, "control")[-1]
         kept = {key: last[key] for key in ("success", "nll", "success_by_leg")}
@@ -207,12 +214,9 @@ def arms(cfg):
 
 
 def arm_of(run, arm, **changes):
-    """The run of an arm with these changes, in a folder of its own, on the run's base."""
-    one = variant(run, **changes, **arms(run.cfg)[arm])
-    if arm == "frozen":
-        train.pretrain(run)
-        runs.copy_checkpoint("base", run.folder, one.folder)
-    return one
+    """The run of an arm with these changes."""
+    new = on_its_base if arm == "frozen" else variant
+    return new(run, **changes, **arms(run.cfg)[arm])
 
 
 def rate(run, seeds=3):
@@ -343,15 +347,14 @@ def codes(run, shown=300, boards=6):
         paths = [{"things": played.things[n].tolist(),
                   "path": played.agent[n, :played.length[n] + 1].tolist()} for n in range(boards)]
 
-        mask, subgoal = torch.from_numpy(data.mask()), torch.from_numpy(data.subgoal)
-        means = torch.stack([z.cpu()[mask & (subgoal == k)].mean(0) for k in range(S)])  # (S, n_z)
-        given = [control_success(base, meta.decoder, scale * means.to(z.device), world, rng, 1000)
+        mask, subgoal = (torch.from_numpy(x).to(z.device) for x in (data.mask(), data.subgoal))
+        means = torch.stack([z[mask & (subgoal == k)].mean(0) for k in range(S)])  # (S, n_z)
+        given = [control_success(base, meta.decoder, scale * means, world, rng, 1000)[0]
                  for scale in (1, 1.5, 2)]
         return {"plane": plane.round(3).tolist(),
                 "explained": (sizes[:2] ** 2 / (sizes ** 2).sum()).tolist(),
                 "confusion": confusion, "sizes": [int((group == g).sum()) for g in range(S + 1)],
-                **code_identity(outcome, S),
-                "mean_code_success": [success for success, _ in given],
+                **code_identity(outcome, S), "mean_code_success": given,
                 "leads_to": int(group[best]), "boards": paths, "side": world.G, "colours": world.O}
 
     measured(run, "codes", [{}], measure)

@@ -36,6 +36,7 @@ from runs import ASSETS, EVAL_SEED, seed_everything
 
 METHODS = {"policy": "internal RL", "policy-forced": "forced switching",
            "policy-cotrain": "co-training", "policy-compile": "CompILE", "raw": "raw-action RL"}
+ARMS = {"frozen": "frozen base", "cotrained": "co-trained"}
 # Told apart by colour-blind readers, too.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00")
 
@@ -283,8 +284,7 @@ def draw_rate(rows, to):
     """Fig. 7, and how often the gate opens. Filled: F1 above .9; numbers: alpha."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4))
     ends = []
-    for (arm, text), colour in zip((("frozen", "frozen base"), ("cotrained", "co-trained")),
-                                   COLOURS):
+    for (arm, text), colour in zip(ARMS.items(), COLOURS):
         own = [row for row in rows if row["arm"] == arm]
         alphas = sorted({row["alpha"] for row in own})
         nll, kl, switches = (np.median(by_seed(own, "alpha", key), axis=0)
@@ -316,8 +316,7 @@ def draw_rivals(rows, to):
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
     for axis, views in zip(axes, (True, False)):
         ends = []
-        for (arm, text), colour in zip((("frozen", "frozen base"), ("cotrained", "co-trained")),
-                                       COLOURS):
+        for (arm, text), colour in zip(ARMS.items(), COLOURS):
             own = [row for row in rows if (row["arm"], row["views"]) == (arm, views)]
             for row in own:
                 episodes, success = zip(*row["rl_curve"])

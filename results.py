@@ -11,13 +11,12 @@ import json
 import torch
 
 import train
+from experiments import EXPERIMENTS
 from runs import finished, load_checkpoint, read_log
 
 CURVES = {"policy": "rl_curve", "policy-forced": "forced_curve",
           "policy-cotrain": "cotrain_curve", "policy-compile": "compile_curve",
           "raw": "raw_curve"}
-# What `python analysis.py WHAT` measures, see experiments.py.
-ANALYSES = ("probe", "layers", "ablate", "rate", "rivals", "gates", "codes", "transplant")
 
 
 # --------------------------------------------------------------------------------------- 1. a seed
@@ -105,10 +104,9 @@ def seed_results(folder):
 
 # ------------------------------------------------------------------------------------- 2. the file
 
-# Of rivals, evaluated by themselves, see train.evaluate.
-RIVAL_KEYS = tuple(f"{rival}_{what}" for rival in ("forced", "cotrain", "compile")
-                   for what in ("success", "curve"))
-RIVAL_KEYS += ("frozen_plain_success", "cotrain_plain_success")
+# What may be measured apart from the rest of a seed: train.evaluate, experiments.rivals.
+RIVAL_KEYS = ("forced_success", "forced_curve", "cotrain_success", "cotrain_curve",
+              "compile_success", "compile_curve", "frozen_plain_success", "cotrain_plain_success")
 ROWS = {
     "bayes_gap_closed": ("base: share of the gap to Bayes closed", "{:.1%}"),
     "nll": ("base: NLL, nats per action", "{:.2f}"),
@@ -157,7 +155,7 @@ def write_results(folders, preset, to):
     path = to / "results.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     analyses = results.setdefault("analyses", {}).setdefault(preset, {})
-    for what, folder in itertools.product(ANALYSES, folders):
+    for what, folder in itertools.product(EXPERIMENTS, folders):
         seed = int(folder.name.removeprefix("seed"))
         new = [{"seed": seed, **row} for row in read_log(folder, what)]
         if new:

@@ -104,6 +104,31 @@ def test_codes_are_grouped_in_one_half_of_the_worlds_and_looked_at_in_the_other(
     assert np.allclose(row["confusion"], 1 / 4, atol=0.05) and sum(row["sizes"]) == 400
 
 
+def test_the_mean_code_of_each_true_subgoal_is_given_at_three_lengths(run, tmp_path, monkeypatch):
+    base, meta = train.discover(run)
+    given = []
+
+    def control_success(base, decoder, codes, world, rng, n):
+        given.append(codes)
+        return len(given) / 10, None
+
+    monkeypatch.setattr(experiments, "control_success", control_success)
+    experiments.codes(dataclasses.replace(run, folder=tmp_path))
+    (row,) = runs.read_log(tmp_path, "codes")
+    assert row["mean_code_success"] == [0.1, 0.2, 0.3]
+    data, z, _ = experiments.encoded(run, base, meta, torch.zeros)
+    for subgoal in range(len(given[0])):
+        own = [
+            z[n, t]
+            for n in range(len(data.length))
+            for t in range(data.length[n])
+            if data.subgoal[n, t] == subgoal
+        ]
+        mean = torch.stack(own).mean(0)
+        for codes, scale in zip(given, (1, 1.5, 2)):
+            assert torch.allclose(codes[subgoal], scale * mean, atol=1e-5)
+
+
 def test_ablations_rates_and_rivals_train_what_their_cells_say(run, tmp_path, monkeypatch):
     """What is trained is faked: each cell is asked for the right configuration, once, and the
     pictures are drawn."""
@@ -126,13 +151,13 @@ def test_ablations_rates_and_rivals_train_what_their_cells_say(run, tmp_path, mo
         rest = {"f1": f1, "opens_inside": None, "kl_per_episode": 1.0}
         wrote(run, "meta" + runs.suffix(run), dict.fromkeys(keys, 1.0) | rest)
 
-    monkeypatch.setattr(train, "control", control)
     def rl(run):
         discover(run)
         success = 0.25 + run.cfg.joint / 2
         line = {"episodes": 0, "eval_success": success}
         runs.write_log(run.folder, "policy" + runs.suffix(run), [line])
 
+    monkeypatch.setattr(train, "control", control)
     monkeypatch.setattr(train, "discover", discover)
     monkeypatch.setattr(train, "rl", rl)
     monkeypatch.setattr(train, "pretrain", lambda run: None)
@@ -160,6 +185,7 @@ def test_ablations_rates_and_rivals_train_what_their_cells_say(run, tmp_path, mo
     asked.clear()
     experiments.rivals(one)
     cells = [cfg for cfg, _ in asked if isinstance(cfg, config.Config)]
+    assert [pair[0] for pair in asked if pair[0] == one.folder] == [one.folder]  # frozen, no views
     views = [(cfg.symmetric, cfg.splice, cfg.join) for cfg in cells]
     assert views == [(True, 0.5, 0.5), (False, 0, 0)] * 2
     assert [cfg.meta_steps - run.cfg.meta_steps for cfg in cells] == [0, 0, more, more]
