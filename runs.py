@@ -380,6 +380,8 @@ class Stop:
         tqdm.write(f"stopping after this step{again}")
 
     def __exit__(self, *error):
+        if error and isinstance(error[1], parallel.Lost):
+            return  # torchrun's SIGTERM comes next, and first the line that says why
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
