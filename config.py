@@ -65,6 +65,7 @@ class Config:
     thin: float = option(0., "base", "share of each stage's steps that see thinned episodes", "ant")
     thin_batch: int = option(128, "base", "episodes per step while they are thinned", "ant")
     turn: bool = option(False, "base", "turn or reflect the base's episodes", "ant")
+    base_join: float = option(0., "base", "share of the base's episodes that follow another one")
     warmup: int = option(0, "base", "steps of linear warm-up, in every supervised stage")
     decay: float = option(0., "base", "last share of every supervised stage: rate falls to 0")
 
@@ -144,10 +145,10 @@ STEPS = {"walker": "walker_updates", "base": "base_steps", "control": "control_s
          "meta": "meta_steps", "policy": "rl_updates", "raw": "rl_updates"}
 CHOICES = {"gate": ("soft", "gumbel", "forced", "compile"), "mixer": ("attention", "hawk"),
            "dtype": ("auto", "float32", "bfloat16"), "device": ("auto", "cpu", "cuda")}
-MAY_BE_ZERO = ("W", "layer", "splice", "join", "lam", "eps", "alpha", "alpha_start", "alpha_ramp",
+MAY_BE_ZERO = ("W", "layer", "splice", "join", "base_join", "lam", "eps", "alpha", "alpha_start", "alpha_ramp",
                "alpha_b", "rank", "meta_rank", "warmup", "decay", "save_seconds", "seed", "threads",
                "thin", "forget", "keep", "base_wd", "control_wd", "meta_wd", "meta_seed")
-SHARES = ("decay", "splice", "join", "thin", "forget", "keep")
+SHARES = ("decay", "splice", "join", "base_join", "thin", "forget", "keep")
 
 
 # --------------------------------------------------------------------------------------- 2. presets
@@ -157,7 +158,7 @@ PRESETS = {
     "smoke": Config(
         G=3, O=3, W=0, T=12, task_set="tiny", width=32, layers=2, heads=2, hidden=64,
         relative=True, lam=0.01, base_steps=150, base_batch=32, base_lr=3e-3,
-        layer=1, symmetric=True, splice=.5, join=.5,
+        base_join=.5, layer=1, symmetric=True, splice=.5, join=.5,
         rank=4, control_steps=40, control_batch=32, control_lr=1e-2,
         n_h=16, n_s=8, encoder_hidden=16, decoder_hidden=16, meta_rank=4, meta_steps=60,
         meta_batch=32, meta_lr=3e-3, alpha_ramp=40, policy_width=32, rl_updates=10, rl_batch=64,

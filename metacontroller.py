@@ -309,9 +309,9 @@ def discovery_loss(base, meta, obs, action, mask, noise, alpha, view=None):
 
     obs (B, T+1, K), action, mask (B, T), noise (B, T, n_z), alpha >= 0. view: None, or another
     view of the same episodes, which is steered in their place (train.view_of): a dict of obs
-    (B, T, K), action and mask (B, T) of its own, and row, step (B, T): step t of view b is steered
-    by the code that was read at step step[b, t] of episode row[b, t]. Returns loss and a dict:
-    nll, kl (nats per step, scalars), kl_steps, beta (B, T), z (B, T, n_z).
+    (B, T'+1, K), action and mask (B, T') of its own, and row, step (B, T'): step t of view b is
+    steered by the code that was read at step step[b, t] of episode row[b, t]. Returns loss and a
+    dict: nll, kl (nats per step, scalars), kl_steps, beta (B, T), z (B, T, n_z).
 
     Why does the gate become sparse, though nothing penalises switching? The soft gate's KL is not
     weighted by beta (E.1): it sends no gradient to the switch at all. It acts on the encoder. A
@@ -333,8 +333,8 @@ def discovery_loss(base, meta, obs, action, mask, noise, alpha, view=None):
     if view is None:
         e, codes, scored = e[:, :-1], z, mask  # nothing is decided at the last observation
     else:
-        e, action, scored = base.lower(view["obs"]), view["action"], view["mask"]
-        codes = z[view["row"], view["step"]]  # (B, T, n_z): the code of each step of the view
+        e, action, scored = base.lower(view["obs"][:, :-1]), view["action"], view["mask"]
+        codes = z[view["row"], view["step"]]  # (B, T', n_z): the code of each step of the view
     nll = masked_mean(action_nll(base.action_logits(meta.decoder(e, codes)), action), scored)
     # E.1: relaxed, the KL counts at every step; exact, where the gate is open. NOT in paper: the
     # NLL is averaged over the steps of the view that are scored, the KL over those of the episode.

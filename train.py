@@ -172,7 +172,7 @@ def view_of(batch, world, symmetric, splice, join):
     o_4 of episode 5:
         row   5 5 5 b b b b          step  0 1 2 0 0 1 2          mask  1 1 1 0 1 1 1
 
-    batch: obs (B, T+1, K), action and mask (B, T). Returns a dict of obs (B, T', K), action; row,
+    batch: obs (B, T+1, K), action and mask (B, T). Returns a dict of obs (B, T'+1, K); action, row,
     step (B, T'): step t of view b is step step[b, t] of episode row[b, t] (at an arrival: is
     steered by that step's code); and mask (B, T'), the steps to be scored. T' = T without join.
     """
@@ -195,19 +195,20 @@ def view_of(batch, world, symmetric, splice, join):
     if join:  # a CUDA graph can't ask how long the longest is
         recording = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         T = 2 * T + 1 if recording else max(T, int(ends.max()))
-    t = torch.arange(T, device=device)  # (T',)
-    foreign = t < past  # (B, T')
+    t = torch.arange(T + 1, device=device)  # (T'+1,)
+    foreign = t < past  # (B, T'+1)
     row = torch.where(foreign, other, rows)
-    theirs = torch.where(joined, t, others - past + t)  # (B, T')
+    theirs = torch.where(joined, t, others - past + t)  # (B, T'+1)
     step = torch.where(foreign, theirs, begin + t - past).clamp(0, mask.shape[1])
-    seen = obs[row, step]  # (B, T', K)
-    g = torch.randint(SYMMETRIES if symmetric else 1, (B, 1), device=device)[row, 0]  # (B, T')
+    seen = obs[row, step]  # (B, T'+1, K)
+    g = torch.randint(SYMMETRIES if symmetric else 1, (B, 1), device=device)[row, 0]  # (B, T'+1)
     arrival = joined & (t == past - 1)
     row = torch.where(arrival, rows, row)
     step = torch.where(arrival, 0, step).clamp(max=mask.shape[1] - 1)
     seen, action = body.turned(world, g, seen, batch["action"][row, step])
-    return {"obs": seen, "action": action, "row": row, "step": step,
-            "mask": (t < ends) & ~arrival}
+    steps = {"action": action, "row": row, "step": step, "mask": (t < ends) & ~arrival}
+    # Nothing is done at the last observation.
+    return {"obs": seen} | {name: x[:, :-1] for name, x in steps.items()}
 
 
 BODIES = {"point": Grid, "ant": ant.Ant}
@@ -307,15 +308,10 @@ def pretrain(run):
         thin = thin_steps(cfg, cfg.base_steps)
 
         def loss_of(batch):
-            obs, action = batch["obs"], batch["action"]
-            if cfg.turn:  # NOT in paper: eight worlds for one, as demonstrations are expensive
-                g = torch.randint(SYMMETRIES, (len(obs), 1), device=run.device)
-                # No action follows the last observation.
-                padded = torch.nn.functional.pad(action, (0, 0, 0, 1))  # (B, T+1, A)
-                obs, action = body.turned(world, g.expand(obs.shape[:2]), obs, padded)
-                action = action[:, :-1]
-            mine = parallel.own({"obs": obs, "action": action, "mask": batch["mask"]})
-            return parallel.part(batch["mask"]) * pretraining_loss(base, **mine)[0]
+            # NOT in paper: turned, as the ant's demonstrations are expensive, eight worlds for one.
+            view = view_of(batch, world, cfg.turn, 0., cfg.base_join) or batch
+            mine = parallel.own({name: view[name] for name in ("obs", "action", "mask")})
+            return parallel.part(view["mask"]) * pretraining_loss(base, **mine)[0]
 
         def report(step, loss):
             with torch.no_grad(), autocast(run):
@@ -356,12 +352,12 @@ def control(run):
         def loss_of(batch):
             view = view_of(batch, world, cfg.symmetric, 0., cfg.join)
             if view is None:
-                view = batch | {"obs": batch["obs"][:, :-1]}
+                view = batch
             else:
                 view["subgoal"] = batch["subgoal"][view["row"], view["step"]]  # (B, T')
             mine = parallel.own(view)
             return parallel.part(view["mask"]) * control_loss(
-                base, decoder, mine["obs"], mine["action"], mine["subgoal"], mine["mask"])
+                base, decoder, mine["obs"][:, :-1], mine["action"], mine["subgoal"], mine["mask"])
 
         def report(step, loss):
             seen = test["obs"][:, :-1]

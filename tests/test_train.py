@@ -815,7 +815,7 @@ def test_a_joined_view_is_another_whole_demonstration_and_then_the_episode():
             assert row[m - 1] == b and torch.equal(obs[:m], data["obs"][other, :m])
         joined += m > 0
         assert (row[m : m + n] == b).all() and step[m : m + n].tolist() == list(range(n))
-        assert torch.equal(obs[m : m + n], data["obs"][b, :n])
+        assert torch.equal(obs[m : m + n + 1], data["obs"][b, : n + 1])  # the last one included
         assert torch.equal(view["action"][b, m : m + n], data["action"][b, :n])
         assert mask.tolist() == [t < m + n and t != m - 1 for t in range(len(mask))]
     assert 80 < joined < 120
