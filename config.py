@@ -145,9 +145,10 @@ STEPS = {"walker": "walker_updates", "base": "base_steps", "control": "control_s
          "meta": "meta_steps", "policy": "rl_updates", "raw": "rl_updates"}
 CHOICES = {"gate": ("soft", "gumbel", "forced", "compile"), "mixer": ("attention", "hawk"),
            "dtype": ("auto", "float32", "bfloat16"), "device": ("auto", "cpu", "cuda")}
-MAY_BE_ZERO = ("W", "layer", "splice", "join", "base_join", "lam", "eps", "alpha", "alpha_start", "alpha_ramp",
-               "alpha_b", "rank", "meta_rank", "warmup", "decay", "save_seconds", "seed", "threads",
-               "thin", "forget", "keep", "base_wd", "control_wd", "meta_wd", "meta_seed")
+MAY_BE_ZERO = ("W", "layer", "splice", "join", "base_join", "lam", "eps", "alpha", "alpha_start",
+               "alpha_ramp", "alpha_b", "rank", "meta_rank", "warmup", "decay", "save_seconds",
+               "seed", "threads", "thin", "forget", "keep", "base_wd", "control_wd", "meta_wd",
+               "meta_seed")
 SHARES = ("decay", "splice", "join", "base_join", "thin", "forget", "keep")
 
 
@@ -167,10 +168,10 @@ PRESETS = {
     "grid-small": Config(
         G=5, O=4, W=0, T=50, task_set="singles", post_task="0-1-2-3-0",
         width=128, layers=4, heads=4, hidden=256, relative=True, lam=.1, warmup=100, decay=.5,
-        base_steps=12_000, base_batch=64, base_lr=3e-3,
-        layer=2, symmetric=True, splice=1., join=.5,
+        base_steps=12_000, base_batch=64, base_lr=3e-3, base_join=.5,
+        layer=2, symmetric=True, splice=1.,
         control_steps=2000, control_batch=128, control_lr=3e-3,
-        decoder_hidden=64, meta_steps=6000, meta_batch=128, meta_lr=1.5e-3, alpha=.1,
+        decoder_hidden=64, meta_steps=6000, meta_batch=128, meta_lr=1.5e-3, alpha=.03,
         alpha_start=3000, alpha_ramp=1500, segment_rate=3,
         rl_updates=200, rl_batch=512, rl_lr=1e-3, std_lr=1e-2, raw_lr=3e-4, rl_epochs=2,
         evaluations=10),

@@ -244,12 +244,14 @@ def rate(run, seeds=3):
 
 
 def rivals(run):
-    """What makes codes useful, a frozen base or our views? Rows: arm, views; rl_curve, a list of
-    [episodes, success]; success, its end; of stage 2 nll, f1, code_identity (share of ln S)."""
-    plain = {"symmetric": False, "splice": 0., "join": 0.}
+    """What makes codes useful, a frozen base or our views? Rows: arm, views (without them the
+    frozen base is another one, of single demonstrations; base_join does not reach the co-trained
+    one); rl_curve, a list of [episodes, success]; success, its end; of stage 2 nll, f1,
+    code_identity (share of ln S)."""
+    plain = {"base_join": 0., "symmetric": False, "splice": 0., "join": 0.}
 
     def measure(arm, views):
-        one = arm_of(run, arm, **({} if views else plain))
+        one = arm_of(run, arm) if views else variant(run, **plain, **arms(run.cfg)[arm])
         train.rl(one)
         last = runs.read_log(one.folder, "meta" + runs.suffix(one))[-1]
         curve = [[line["episodes"], line["eval_success"]]

@@ -19,7 +19,7 @@ Bottom-up: 1. episodes and batches   2. views: what is steered   3. what every s
 Glossary: as in envs.py, model.py, metacontroller.py and internal_rl.py, and
   batch   a dict of tensors: obs (B, T+1, K), action, subgoal, mask, switches (B, T); of a body
           obs (B, T+1, F), action (B, T, A)
-  view    another view of a batch's episodes, which is steered in their place, see `view_of`
+  view    another view of a batch's episodes, which is steered, or learned, in their place: view_of
   body    a point or the ant; BODIES says what the stages need to know of one
 """
 import contextlib
@@ -150,15 +150,16 @@ SYMMETRIES = 8  # of the square: quarter turns and reflections
 
 
 def view_of(batch, world, symmetric, splice, join):
-    """Another view of a batch's episodes, for the controllers to steer; None if no such help is
-    asked for. NOT in paper; three helps (what each buys: docs/notes.md):
+    """Another view of a batch's episodes, for the controllers to steer, or for the base to be
+    trained on; None if no such help is asked for. NOT in paper; three helps (what each buys:
+    docs/notes.md):
 
     symmetric: each view is turned or reflected its own way, and so is a past that comes from
         another episode. A code that says "up" or "into that corner" becomes worthless, one that
         says "to colour 2" is as good as before.
     splice, join: in a share `splice` of the views, and in a share `join` of the others, the past is
         another episode's, the neighbour in the batch (which is sorted by length, so that the two
-        are alike), and steered by that episode's codes. What the base knows from it is wrong: the
+        are alike), and steered by that episode's codes. What the base takes from it is wrong: the
         code has to say what is wanted, and to overrule the base. Any subgoal then follows any
         other, also where pretraining never shows it.
         splice: the end of the other, and then this episode from a random step on.
@@ -308,7 +309,8 @@ def pretrain(run):
         thin = thin_steps(cfg, cfg.base_steps)
 
         def loss_of(batch):
-            # NOT in paper: turned, as the ant's demonstrations are expensive, eight worlds for one.
+            # NOT in paper. Turned: the ant's demonstrations are expensive, and this makes eight of
+            # one. Joined: such a base is steered better (docs/notes.md, section 5).
             view = view_of(batch, world, cfg.turn, 0., cfg.base_join) or batch
             mine = parallel.own({name: view[name] for name in ("obs", "action", "mask")})
             return parallel.part(view["mask"]) * pretraining_loss(base, **mine)[0]
@@ -406,8 +408,8 @@ def discover(run):
 
         def grown(step):
             # NOT in paper: alpha grows from 0. With alpha in full from the start the code is given
-            # up before it carries anything. Meanwhile spliced views give way to joined ones: on
-            # those codes form fast, on these no subgoal is cut in two.
+            # up before it carries anything. Meanwhile spliced views give way to whole ones: on
+            # those a code must be obeyed whatever the past, in these no subgoal is cut in two.
             return min(1., max(0, step + 1 - cfg.alpha_start) / max(cfg.alpha_ramp, 1))
 
         growth = torch.zeros((), device=run.device)  # a tensor, like the rate in `supervise`

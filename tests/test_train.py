@@ -21,7 +21,7 @@ import config
 import runs
 import train
 from envs import generate, neighbour_table, symmetries
-from train import view_of
+from train import pretraining_loss, view_of
 
 ROOT = Path(__file__).resolve().parents[1]
 # Even smaller than smoke, where only the machinery is tested.
@@ -819,6 +819,21 @@ def test_a_joined_view_is_another_whole_demonstration_and_then_the_episode():
         assert torch.equal(view["action"][b, m : m + n], data["action"][b, :n])
         assert mask.tolist() == [t < m + n and t != m - 1 for t in range(len(mask))]
     assert 80 < joined < 120
+
+
+def test_the_base_learns_from_joined_demonstrations(tmp_path, monkeypatch):
+    views, view_of = [], train.view_of
+    monkeypatch.setattr(train, "view_of", lambda *given: views.append(view_of(*given)) or views[-1])
+    few = ["--base_steps", "1", "--base_join", "1", "--dtype", "float32", "--device", "cpu"]
+    line = ["--preset", "smoke", "--stage", "pretrain", "--fresh", "--out", str(tmp_path), *few]
+    assert train.main(line) == 0 and len(views) == 1
+    (view,) = views
+    assert (view["row"][:, 0] == torch.arange(32) ^ 1).all()  # each begins with its neighbour's
+    run = train.parse(line)[0]
+    runs.seed_everything(0, "init", 0)
+    loss, _ = pretraining_loss(train.new_base(run), view["obs"], view["action"], view["mask"])
+    (logged,) = runs.read_log(run.folder, "base")
+    assert logged["train_loss"] == pytest.approx(loss.item(), abs=1e-6)
 
 
 @pytest.mark.slow
