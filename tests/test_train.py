@@ -21,7 +21,8 @@ import config
 import runs
 import train
 from envs import generate, neighbour_table, symmetries
-from train import pretraining_loss, view_of
+from model import pretraining_loss
+from train import view_of
 
 ROOT = Path(__file__).resolve().parents[1]
 # Even smaller than smoke, where only the machinery is tested.
@@ -822,7 +823,7 @@ def test_a_joined_view_is_another_whole_demonstration_and_then_the_episode():
 
 
 def test_the_base_learns_from_joined_demonstrations(tmp_path, monkeypatch):
-    views, view_of = [], train.view_of
+    views = []
     monkeypatch.setattr(train, "view_of", lambda *given: views.append(view_of(*given)) or views[-1])
     few = ["--base_steps", "1", "--base_join", "1", "--dtype", "float32", "--device", "cpu"]
     line = ["--preset", "smoke", "--stage", "pretrain", "--fresh", "--out", str(tmp_path), *few]
