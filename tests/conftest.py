@@ -1,10 +1,12 @@
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
 
 import ant  # before any test imports mujoco: it sets MUJOCO_GL
@@ -36,3 +38,39 @@ def opengl():
         )
     except RuntimeError as error:
         pytest.skip(str(error))
+
+
+# Even smaller than smoke, where only the machinery is tested.
+TINY = [
+    "--preset",
+    "smoke",
+    "--threads",
+    "1",
+    "--dtype",
+    "float32",  # auto measures, and what it finds may differ between two runs
+    "--base_steps",
+    "70",
+    "--control_steps",
+    "40",
+    "--meta_steps",
+    "45",
+    "--rl_updates",
+    "12",
+    "--eval_episodes",
+    "40",
+    "--evaluations",
+    "2",
+]
+
+
+def command(out, *more):
+    return [sys.executable, str(ROOT / "train.py"), *TINY, "--out", str(out), *more]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A folder in which every stage has run once, uninterrupted, and what it printed."""
+    out = tmp_path_factory.mktemp("finished")
+    done = subprocess.run(command(out), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout

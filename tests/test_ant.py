@@ -789,6 +789,8 @@ def test_every_stage_runs_on_recorded_ants(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         ant, "generate", lambda *args, **more: calls.append("ant") or staggering(*args, **more)
     )
+    blank = np.zeros((512, 512, 3), np.uint8)  # drawing has tests of its own
+    monkeypatch.setattr(ant, "draw_ant", lambda *args: blank)
     for rival in ("none", "forced", "cotrain"):
         assert train.main([*SHORT, "--rival", rival, "--out", str(tmp_path)]) == 0, (
             capsys.readouterr().err

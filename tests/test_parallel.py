@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from test_train import ROOT
+from conftest import ROOT
 
 import config
 import parallel

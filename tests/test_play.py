@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from test_train import ROOT
+from conftest import ROOT
 
 import play
 

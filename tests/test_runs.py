@@ -10,14 +10,12 @@ import time
 
 import pytest
 import torch
-from test_train import NAMES, ROOT, TINY, command, copied, edited, finished, refused
+from conftest import ROOT, TINY, command
+from test_train import NAMES, copied, edited, refused
 
 import config
 import runs
 import train
-
-__all__ = ["finished"]  # a fixture
-
 
 # ------------------------------------------------------------------------------------ checkpoints
 

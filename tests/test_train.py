@@ -3,18 +3,19 @@ smoke preset."""
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import TINY, command
 from test_metacontroller import WORLD, batch
 
 import config
@@ -24,33 +25,10 @@ from envs import generate, neighbour_table, symmetries
 from model import pretraining_loss
 from train import view_of
 
-ROOT = Path(__file__).resolve().parents[1]
-# Even smaller than smoke, where only the machinery is tested.
-TINY = [
-    "--preset",
-    "smoke",
-    "--threads",
-    "1",
-    "--dtype",
-    "float32",  # auto measures, and what it finds may differ between two runs
-    "--base_steps",
-    "70",
-    "--control_steps",
-    "40",
-    "--meta_steps",
-    "45",
-    "--rl_updates",
-    "12",
-    "--eval_episodes",
-    "40",
-    "--evaluations",
-    "2",
-]
 NAMES = ("base", "control", "meta", "policy", "raw")
-
-
-def command(out, *more):
-    return [sys.executable, str(ROOT / "train.py"), *TINY, "--out", str(out), *more]
+# Processes that can be killed, without importing PyTorch in each.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["train", "torch._dynamo"])
 
 
 def weights(out, name):
@@ -59,15 +37,6 @@ def weights(out, name):
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A folder in which every stage has run once, uninterrupted, and what it printed."""
-    out = tmp_path_factory.mktemp("finished")
-    done = subprocess.run(command(out), capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    return out, done.stdout
 
 
 def test_one_command_runs_every_stage_and_ends_with_the_comparison(finished):
@@ -127,23 +96,19 @@ def test_the_precision_is_measured_unless_it_is_asked_for(capsys):
     )
 
 
-def test_a_finished_stage_is_reused_and_fresh_starts_again(finished, tmp_path):
+def test_a_finished_stage_is_reused_and_fresh_starts_again(finished, tmp_path, capsys):
     out, _ = finished
     before = {name: (out / "smoke" / "seed0" / f"{name}.pt").stat().st_mtime_ns for name in NAMES}
-    again = subprocess.run(command(out, "--stage", "discover"), capture_output=True, text=True)
-    assert (
-        again.returncode == 0
-        and "finished earlier, reused: base, meta" in again.stdout
-        and "discover:" not in again.stderr
-    )
+    line = [*TINY, "--out", str(out), "--stage", "discover"]
+    assert train.main(line) == 0
+    printed = capsys.readouterr()
+    assert "finished earlier, reused: base, meta" in printed.out and "discover:" not in printed.err
     assert before == {
         name: (out / "smoke" / "seed0" / f"{name}.pt").stat().st_mtime_ns for name in NAMES
     }
-    subprocess.run(["cp", "-r", str(out / "smoke"), str(tmp_path)], check=True)
-    fresh = subprocess.run(
-        command(tmp_path, "--stage", "pretrain", "--fresh"), capture_output=True, text=True
-    )
-    assert fresh.returncode == 0 and "reused" not in fresh.stdout
+    shutil.copytree(out / "smoke", tmp_path / "smoke")
+    line = [*TINY, "--out", str(tmp_path), "--stage", "pretrain", "--fresh"]
+    assert train.main(line) == 0 and "reused" not in capsys.readouterr().out
     assert (tmp_path / "smoke" / "seed0" / "base.pt").stat().st_mtime_ns > before["base"]
     assert same(weights(tmp_path, "base"), weights(out, "base"))  # same seed, same weights
 
@@ -158,7 +123,9 @@ def test_a_finished_stage_is_reused_and_fresh_starts_again(finished, tmp_path):
         ("rl", "raw"),
     ],
 )
-def test_killed_at_any_moment_it_ends_with_the_same_weights(finished, tmp_path, stage, name):
+def test_killed_at_any_moment_it_ends_with_the_same_weights(
+    finished, tmp_path, capsys, stage, name
+):
     """kill -9 at random moments, several times, then to the end: bit for bit the weights of the
     uninterrupted run."""
     out, _ = finished
@@ -173,36 +140,23 @@ def test_killed_at_any_moment_it_ends_with_the_same_weights(finished, tmp_path, 
     }[name]
     for other in needed:
         (folder / f"{other}.pt").write_bytes((out / "smoke" / "seed0" / f"{other}.pt").read_bytes())
-    line = command(
-        tmp_path,
-        "--stage",
-        stage,
-        "--save_seconds",
-        "0",
-        *(["--rival", "raw"] if name == "raw" else []),
-    )
-    chance, kills = random.Random(name), 0
-    written = lambda: (
-        (folder / f"{name}.pt").stat().st_mtime_ns if (folder / f"{name}.pt").exists() else 0
-    )
+    more = ["--rival", "raw"] if name == "raw" else []
+    line = [*TINY, "--out", str(tmp_path), "--stage", stage, "--save_seconds", "0", *more]
+    chance, kills, path = random.Random(name), 0, folder / f"{name}.pt"
+    written = lambda: path.stat().st_mtime_ns if path.exists() else 0
     for _ in range(2):
         before = written()
-        process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while (
-            written() == before and process.poll() is None
-        ):  # until it has written a checkpoint of its own
+        process = FORKS.Process(target=train.main, args=(line,))
+        process.start()
+        while written() == before and process.is_alive():  # until it has written a checkpoint
             time.sleep(0.002)
         time.sleep(chance.random() * 0.04)
-        if (
-            process.poll() is None
-            and not torch.load(folder / f"{name}.pt", weights_only=True)["done"]
-        ):
-            kills += 1
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        kills += process.is_alive() and not torch.load(path, weights_only=True)["done"]
+        process.kill()
+        process.join()
     assert kills == 2, "the stage finished before it could be killed: nothing was tested"
-    finish = subprocess.run(line, capture_output=True, text=True)
-    assert finish.returncode == 0 and f"{name}: continues at step" in finish.stdout
+    capsys.readouterr()
+    assert train.main(line) == 0 and f"{name}: continues at step" in capsys.readouterr().out
     assert same(weights(tmp_path, name), weights(out, name))
     steps = [
         entry["step"]
@@ -570,24 +524,15 @@ def test_a_checkpoint_older_than_a_field_is_opened_with_its_default(finished, mo
     assert cfg.rl_lr == 0.5  # a metacontroller does not depend on it
 
 
-def test_rivals_have_files_of_their_own(finished, tmp_path):
+def test_rivals_have_files_of_their_own(finished, tmp_path, capsys):
     folder = copied(finished, tmp_path)
-    done = subprocess.run(
-        command(tmp_path / "runs", "--rival", "forced"), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert (
-        (folder / "meta-forced.pt").exists()
-        and (folder / "policy-forced.pt").exists()
-        and "forced switching" in done.stdout
-    )
-    line = runs.read_log(folder, "policy-forced")[-1]
-    assert line["abstract_actions"] > 1.5  # a code at every step
+    line = [*TINY, "--out", str(tmp_path / "runs"), "--rival"]
+    assert train.main([*line, "forced"]) == 0 and "forced switching" in capsys.readouterr().out
+    assert (folder / "meta-forced.pt").exists() and (folder / "policy-forced.pt").exists()
+    last = runs.read_log(folder, "policy-forced")[-1]
+    assert last["abstract_actions"] > 1.5  # a code at every step
     assert same(weights(tmp_path / "runs", "meta"), weights(finished[0], "meta"))
-    done = subprocess.run(
-        command(tmp_path / "runs", "--rival", "cotrain"), capture_output=True, text=True
-    )
-    assert done.returncode == 0 and "co-trained base" in done.stdout, done.stderr
+    assert train.main([*line, "cotrain"]) == 0 and "co-trained base" in capsys.readouterr().out
     together, base = weights(tmp_path / "runs", "meta-cotrain"), weights(finished[0], "base")
     assert all(
         not torch.equal(together[f"base.{name}"], value) for name, value in base.items()
