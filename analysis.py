@@ -58,7 +58,7 @@ def gate_scores(beta, true, mask):
 def kl_by_gate(kl_steps, beta, mask):
     """KL per step, nats, where the gate is open and where it is shut: kl_steps, beta, mask (B, T).
     NOT in paper. Like gate_scores without t = 0, where the gate is open by construction. How it
-    bears on sparse gates: metacontroller.discovery_loss."""
+    bears on sparse gates: metacontroller.discovery_terms."""
     mask = mask.clone()
     mask[:, 0] = False
     opens = (beta > BETA_THRESHOLD) & mask

@@ -35,7 +35,7 @@ from ant import FRAME_SKIP, AntWorlds
 from envs import GridWorlds, World, generate, sample_layouts
 from grid import grid_parts
 from internal_rl import InternalEnvironment, Player, Policy, clipped_update, sequence_logp
-from metacontroller import Metacontroller, discovery_loss
+from metacontroller import Metacontroller, discovery_terms
 from model import SequenceModel, pretraining_loss
 
 ANT = World(G=4, O=4, W=1, T=10 ** 9, task_set="singles", body="ant")
@@ -210,9 +210,9 @@ def stage2_step(run, base, meta, optimizer, obs, action):
     base.requires_grad_(False)
     noise = torch.randn(*action.shape, meta.n_z, device=run.device)
     with runs.autocast(run):
-        loss = discovery_loss(base, meta.train(), obs, action,
-                              torch.ones_like(action, dtype=torch.bool), noise, .1)[0]
-    train.optimise(loss, meta, optimizer, 1e-4)
+        terms = discovery_terms(base, meta.train(), obs, action,
+                                torch.ones_like(action, dtype=torch.bool), noise)
+    train.optimise(terms["nll"] + .1 * terms["kl"], meta, optimizer, 1e-4)
 
 
 def growth(run, rounds):

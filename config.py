@@ -35,13 +35,13 @@ def option(default, group, text, body=""):
 @dataclass
 class Config:
     """Everything that can be set. The defaults are the paper's grid (Tables A4, A7, A9, A13, A16)
-    where the paper gives a value; alpha_ramp, rl_clip and what is the ant's are ours.
+    where the paper gives a value; alpha_ramp and what is the ant's are ours.
     """
     G: int = option(7, "world", "side of the grid")
     O: int = option(8, "world", "number of colours")
     W: int = option(4, "world", "number of walls")
     T: int = option(100, "world", "horizon, steps")
-    task_set: str = option("pairs", "world", "pairs (Table A1), singles (Table A2) or tiny")
+    task_set: str = option("pairs", "world", "pairs (Table A1), singles (Table A2), trio or tiny")
     body: str = option("point", "world", "point (A.1) or ant (A.2)")
     compass: bool = option(False, "world", "name the ant's limbs by where they point", "ant")
 
@@ -71,7 +71,7 @@ class Config:
 
     layer: int = option(3, "split", "l, the controlled layer: 0 (embedding) to L")
     symmetric: bool = option(False, "split", "steer a turned or reflected view (train.view_of)")
-    join: float = option(0., "split", "share of views that follow another whole demonstration")
+    join: float = option(0., "split", "share of unspliced views that follow another episode")
 
     rank: int = option(16, "control", "rank of the true-subgoal controllers; 0 = full matrix")
     control_steps: int = option(3200, "control", "optimiser steps")
@@ -107,7 +107,6 @@ class Config:
     post_task: str = option("", "rl", "task of RL, such as 0-1-2; empty: the task set's own")
     rl_batch: int = option(1024, "rl", "episodes per update")
     rl_epochs: int = option(1, "rl", "clipped steps per batch of episodes")
-    rl_clip: float = option(0.2, "rl", "clip range of the ratio")
     policy_width: int = option(256, "policy", "width of the policy's Hawk layer")
     rl_lr: float = option(3e-5, "policy", "learning rate of internal RL")
     std_lr: float = option(3e-5, "policy", "learning rate of the policy's standard deviation")
@@ -225,6 +224,7 @@ PRESETS = {
 # ----------------------------------------------------------------------------------------- 3. check
 
 def world_of(cfg):
+    """The World that a Config describes."""
     return World(G=cfg.G, O=cfg.O, W=cfg.W, T=cfg.T, task_set=cfg.task_set, post=cfg.post_task,
                  body=cfg.body, compass=cfg.compass)
 
@@ -248,6 +248,14 @@ def memory_needed(cfg):
     factors = 2 * D * max(cfg.rank, cfg.meta_rank)
     activations = batch * shortest * (cfg.layers * (8 * D + 2 * cfg.hidden) + factors)
     return 4 * (4 * parameters + cache + bias + record + layouts + activations)
+
+
+def machine_memory():
+    """Bytes of memory, or infinity where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError):  # not a POSIX system
+        return math.inf
 
 
 def check(cfg, preset):
@@ -302,14 +310,6 @@ def check(cfg, preset):
         raise Refused(str(error)) from None
 
 
-def machine_memory():
-    """Bytes of memory, or infinity where the system does not say."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError):  # not a POSIX system
-        return math.inf
-
-
 # ---------------------------------------------------------------------------------- 4. command line
 
 class Parser(argparse.ArgumentParser):
@@ -338,7 +338,7 @@ def add_options(parser):
             if f.metadata["group"] == group:
                 section.add_argument(f"--{f.name}", type=boolean if f.type is bool else f.type,
                                      metavar=f.type.__name__, help=f"{f.metadata['help']} "
-                                     f"[paper's grid: {f.default if f.default != '' else 'none'}]")
+                                     f"[grid-paper: {f.default if f.default != '' else 'none'}]")
 
 
 def configured(args, preset):

@@ -291,6 +291,30 @@ PALETTE = np.array([[230, 60, 60], [60, 120, 230], [60, 180, 90], [245, 190, 50]
                     [130, 160, 40]], np.uint8)
 
 
+def draw_grid(world, obs, cell_px=32):
+    """An RGB picture of one observation obs (K,): (G * cell_px, G * cell_px, 3) uint8; walls
+    dark, the agent a black disc."""
+    colour = np.full((world.cells, 3), 245, np.uint8)
+    colour[obs[:world.O]] = PALETTE[np.arange(world.O) % len(PALETTE)]
+    colour[obs[world.O:-1]] = 70
+    picture = colour.reshape(world.G, world.G, 3)  # (C, 3) -> (G, G, 3)
+    picture = picture.repeat(cell_px, axis=0).repeat(cell_px, axis=1)
+    picture[::cell_px] = picture[:, ::cell_px] = 210  # grid lines
+    row, column = np.divmod(obs[-1], world.G)
+    y, x = np.mgrid[:picture.shape[0], :picture.shape[1]]
+    away = (y - (row + .5) * cell_px) ** 2 + (x - (column + .5) * cell_px) ** 2
+    picture[away < (.3 * cell_px) ** 2] = 0
+    return picture
+
+
+def ascii_grid(world, obs):
+    """One observation (K,) as text: digits are colours, # walls, @ the agent (it hides a colour
+    it stands on)."""
+    text = np.full(world.cells, ".", object)
+    text[obs] = [*map(str, range(world.O)), *"#" * world.W, "@"]
+    return "\n".join(" ".join(row) for row in text.reshape(world.G, world.G)) + "\n"
+
+
 class Pinpad(gym.Env):
     """What both gymnasium environments share: a batch of one world. Any World field is a keyword.
 
@@ -382,30 +406,6 @@ class GridPinpad(Pinpad):
 gym.register("GridPinpad-v0", entry_point="envs:GridPinpad")
 
 
-def draw_grid(world, obs, cell_px=32):
-    """An RGB picture of one observation obs (K,): (G * cell_px, G * cell_px, 3) uint8; walls
-    dark, the agent a black disc."""
-    colour = np.full((world.cells, 3), 245, np.uint8)
-    colour[obs[:world.O]] = PALETTE[np.arange(world.O) % len(PALETTE)]
-    colour[obs[world.O:-1]] = 70
-    picture = colour.reshape(world.G, world.G, 3)  # (C, 3) -> (G, G, 3)
-    picture = picture.repeat(cell_px, axis=0).repeat(cell_px, axis=1)
-    picture[::cell_px] = picture[:, ::cell_px] = 210  # grid lines
-    row, column = np.divmod(obs[-1], world.G)
-    y, x = np.mgrid[:picture.shape[0], :picture.shape[1]]
-    away = (y - (row + .5) * cell_px) ** 2 + (x - (column + .5) * cell_px) ** 2
-    picture[away < (.3 * cell_px) ** 2] = 0
-    return picture
-
-
-def ascii_grid(world, obs):
-    """One observation (K,) as text: digits are colours, # walls, @ the agent (it hides a colour
-    it stands on)."""
-    text = np.full(world.cells, ".", object)
-    text[obs] = [*map(str, range(world.O)), *"#" * world.W, "@"]
-    return "\n".join(" ".join(row) for row in text.reshape(world.G, world.G)) + "\n"
-
-
 # ---------------------------------------------------------------------------- 5. the expert (C.1.1)
 
 def distances(world, things):
@@ -477,6 +477,9 @@ def grid_expert(world, dist, rng, stuck, eps=0.):
 
 # ---------------------------------------------------------------------------------- 6. trajectories
 
+PER_STEP = ("action", "target", "progress", "subgoal", "segment")
+
+
 @dataclass
 class Trajectories:
     """N episodes, padded to the longest. Entries at and beyond length[n] are padding.
@@ -516,10 +519,10 @@ class Trajectories:
         things = np.broadcast_to(self.things[:, None], (N, T1, self.things.shape[1]))
         return np.concatenate([things, self.agent[..., None]], axis=-1)
 
-    def visited(self, row):
-        """The colours that episode `row` visited, in order, as text: '0-4-1'."""
+    def visited(self, row, O):
+        """Which of the O colours episode `row` visited, in order, as text: '0-4-1'."""
         cells = self.agent[row, :self.length[row] + 1]
-        thing = {cell: k for k, cell in enumerate(self.things[row])}
+        thing = {cell: k for k, cell in enumerate(self.things[row, :O])}
         entered = [b for a, b in zip(cells[:-1], cells[1:]) if a != b and b in thing]
         return "-".join(str(thing[cell]) for cell in entered) or "none"
 
@@ -528,9 +531,6 @@ class Trajectories:
         new = np.zeros(self.segment.shape, bool)
         new[:, 1:] = self.segment[:, 1:] > self.segment[:, :-1]
         return new & self.mask()
-
-
-PER_STEP = ("action", "target", "progress", "subgoal", "segment")
 
 
 def concatenate(parts):
@@ -560,7 +560,7 @@ def simulate(world, tasks, things, agent, act, rng=None):
         cells.append(worlds.agent)
         if worlds.senses:
             sensed.append(worlds.obs())
-    stack = lambda values: np.stack(values, axis=1)  # N numbers a step -> (N, T)
+    stack = lambda values: np.stack(values, axis=1)  # (N, ...) a step -> (N, T, ...)
     played = Trajectories(things=things, agent=stack(cells), length=worlds.steps,
                           sensed=stack(sensed) if worlds.senses else None,
                           **{name: stack(values) for name, values in zip(PER_STEP, zip(*steps))})

@@ -221,10 +221,10 @@ def arm_of(run, arm, **changes):
 
 def rate(run, seeds=3):
     """Fig. 7: what the code costs against what it buys, with the Gumbel gate, on a frozen base and
-    with the base trained together with the metacontroller (C.4.2), which sees as many episodes as
-    base and metacontroller together. Rows: arm, alpha, meta_seed; nll and kl (nats per step, on
-    plain episodes), switches and true_switches (per episode), f1, aligned (F1 above .9: a rule, not
-    a look), opens_subgoal_end, opens_inside, code_identity.
+    with the base trained together with the metacontroller (C.4.2, see `arms`). Rows: arm, alpha,
+    meta_seed; nll and kl (nats per step, on plain episodes), switches and true_switches (per
+    episode), f1, aligned (F1 above .9: a rule, not a look), opens_subgoal_end, opens_inside,
+    code_identity.
 
     NOT in paper: alpha grows from 0, and the base of the first arm is this run's.
     """

@@ -158,8 +158,8 @@ def film(path, body, world, data, n, env, end):
         for k, (x, y) in enumerate(places[:world.O]):
             board.text(x, y, str(k), fontsize=11, weight="bold", color="white", ha="center",
                        va="center")
-        board.set(title=f"task {task}" + (f"   visited {data.visited(n)}: {end}" if t == T else ""),
-                  xticks=[], yticks=[])
+        outcome = f"   visited {data.visited(n, world.O)}: {end}" if t == T else ""
+        board.set(title=f"task {task}{outcome}", xticks=[], yticks=[])
         shown = np.arange(min(t + 1, T))
         above.bar(shown, gate[shown], width=.8, color="black")
         above.set(ylabel="gate", xlim=(-.5, T - .5), ylim=(0, 1), xticks=[], yticks=[0, 1])

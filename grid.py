@@ -37,7 +37,7 @@ class ObsEmbedding(nn.Module):
         self.rows = (2 * G - 1) ** 2 if relative else G * G
         # NOT in paper: scale 1 instead of 0.1. The K ones of an observation are a fixed, tiny
         # share of its entries, so 0.1 / (C * K) would start the stream near zero. N(0, 1/K)
-        # gives e_0 unit variance.
+        # gives e_0 about unit variance.
         self.bag = nn.EmbeddingBag(self.kinds * self.rows, width, mode="sum")
         nn.init.normal_(self.bag.weight, std=things ** -.5)
         self.bias = nn.Parameter(torch.zeros(width))
@@ -69,7 +69,6 @@ def grid_parts(world, relative):
 def symmetry_tables(G, device):
     """envs.symmetries as tensors, made once: a CUDA graph can't fetch them from the CPU."""
     return tuple(torch.from_numpy(table).to(device) for table in symmetries(G))
-
 
 
 class Grid:

@@ -233,12 +233,15 @@ def clipped_loss(logp, old_logp, advantage, mask, clip):
     return -(gain * mask).sum(1).mean()
 
 
-def clipped_update(parameters, optimizer, logp_of, old_logp, reward, mask, clip=.2, epochs=1):
+CLIP = .2  # range of the ratio. NOT in paper, which gives none
+
+
+def clipped_update(parameters, optimizer, logp_of, old_logp, reward, mask, epochs=1):
     """`epochs` clipped steps on one batch. `logp_of()` recomputes logp (N, M) under the current
     parameters. Of several processes each has its own episodes' logp, old_logp and mask, and the
-    reward of all, in the order of processes. Returns the last loss.
+    reward of all, in the order of processes. Returns the last loss, 0 if it was skipped.
 
-    NOT in paper: the gradient's norm is cut at 1; the clip range .2 and more than one epoch; and
+    NOT in paper: the gradient's norm is cut at 1; the clip range; more than one epoch; and
     if all rewards are equal, so that every advantage is 0, the step is skipped: Adam's momentum
     would move the policy on no evidence. Raises FloatingPointError on a non-finite loss.
     """
@@ -247,7 +250,7 @@ def clipped_update(parameters, optimizer, logp_of, old_logp, reward, mask, clip=
         return 0.
     for _ in range(epochs):
         optimizer.zero_grad()
-        loss = clipped_loss(logp_of(), old_logp, advantage, mask, clip)
+        loss = clipped_loss(logp_of(), old_logp, advantage, mask, CLIP)
         loss = parallel.backward(loss / parallel.count(), parameters)
         if not torch.isfinite(loss):
             raise FloatingPointError("the RL loss is not finite")
@@ -264,8 +267,7 @@ def internal_episodes(base, meta, world, rng, n, policy=None):
     ask = ask_prior if policy is None else policy.ask
     memory = {} if policy is None else policy.init_memory(n)
     env = InternalEnvironment(meta, ask, memory, n, world.T, rng, base.norm.weight.device)
-    with torch.no_grad():
-        data, success, _ = play(base, world, [world.post_task] * n, rng, env, env.state)
+    data, success, _ = play(base, world, [world.post_task] * n, rng, env, env.state)
     return data, success, env
 
 
@@ -285,7 +287,7 @@ def sequence_logp(policy, e, z, count, portions=8):
     return torch.cat(logp)[order.argsort()]  # back in the order of the episodes
 
 
-def internal_rl_step(base, meta, policy, optimizer, world, rng, n, epochs, clip):
+def internal_rl_step(base, meta, policy, optimizer, world, rng, n, epochs):
     """One update of Algorithm 3 on n fresh episodes, shared by all processes. Returns a dict of
     what happened."""
     rng = parallel.Rows(rng, n)
@@ -296,13 +298,13 @@ def internal_rl_step(base, meta, policy, optimizer, world, rng, n, epochs, clip)
     reward, length, actions = parallel.gathered(ends).unbind(1)
     loss = clipped_update(list(policy.parameters()), optimizer,
                           lambda: sequence_logp(policy, e, z, env.count),
-                          old_logp, reward, mask, clip, epochs)
+                          old_logp, reward, mask, epochs)
     return {"success": reward.mean().item(), "loss": loss, "raw_steps": int(length.sum()),
             "abstract_actions": actions.mean().item(),
             "std": policy.log_std.exp().mean().item()}
 
 
-def raw_rl_step(base, optimizer, world, rng, n, epochs, clip):
+def raw_rl_step(base, optimizer, world, rng, n, epochs):
     """The rival (C.5.3): the same update on the base model's own action probabilities, all of its
     weights trained. Returns a dict of what happened."""
     rng = parallel.Rows(rng, n)
@@ -316,5 +318,5 @@ def raw_rl_step(base, optimizer, world, rng, n, epochs, clip):
         return -action_nll(base.action_logits(base.lower(obs)), action)
 
     loss = clipped_update(list(base.parameters()), optimizer, logp_of,
-                          player.logp[:, :mask.shape[1]], reward, mask, clip, epochs)
+                          player.logp[:, :mask.shape[1]], reward, mask, epochs)
     return {"success": reward.mean().item(), "loss": loss, "raw_steps": int(length.sum())}

@@ -15,7 +15,7 @@ The encoder alone sees the future; it says "what will be wanted" in few nats. Sw
 causal, so that they serve in acting, too, where a policy takes the encoder's place.
 
 Bottom-up: 1. Decoder (Eq. 11, 18)   2. Metacontroller (D.2)   3. CompILE, a rival (C.4.3)
-4. the discovery loss (Eq. 9)
+4. the two terms of the discovery loss (Eq. 9)
 Paper sections: C.4, D.2, E.1; Tables A9, A11.
 
 Glossary (name -> symbol -> shape; B batch, T time, D width n_e, r rank)
@@ -89,7 +89,7 @@ class SequenceEmbedder(nn.Module):
 
     One vector, not one per step: with a summary of the future at every t the gate never closed
     (measured in a prototype and not understood, docs/notes.md). NOT in paper, which does not give
-    it: the inner width of 64 and 4 heads; variance scale 1, where Table A15 has .1.
+    it: the inner width of 64 and 4 heads; variance scale 1 of `inp` and `out` (Table A15: .1).
     """
 
     def __init__(self, width, n_s, inner=64, heads=4):
@@ -204,8 +204,7 @@ class Metacontroller(nn.Module):
         """One causal step for acting, Algorithm 1: e_t (B, D), h_t-1 (B, n_h), z_t-1 (B, n_z) ->
         beta_t (B,), h_t (B, n_h)."""
         e = self.norm(e)
-        logit = self.gate_logit(self.switch_in(torch.cat([e, h], dim=-1)), z)
-        beta = torch.ones_like(logit) if self.gate == "forced" else torch.sigmoid(logit)
+        beta = self.gate_value(self.switch_in(torch.cat([e, h], dim=-1)), z)
         return beta, self.gru(e[:, None], h[None])[1][0]  # (B, 1, D) -> (1, B, n_h) -> (B, n_h)
 
 
@@ -224,7 +223,8 @@ class CompILE(nn.Module):
     and says where this one ends, b_i, by Gumbel-softmax over the observations, and what its code
     is, from what it reads there. b_0 is the first observation, b_M the last.
 
-    encoder: a copy of the base, of which the first half is kept: it reads the raw input.
+    encoder: a copy of the base, of which the blocks up to the controlled layer are kept: it reads
+    the raw input.
     segments: M; rate: of the prior of a segment's length, Poisson; temperature: of the softmax;
     alpha_b: weight of the KL of the ends, as a multiple of alpha, that of the codes.
 
@@ -302,16 +302,16 @@ class CompILE(nn.Module):
         return (h[:, 0] % self.rate == 0).float(), h + 1
 
 
-# ------------------------------------------------------------------------ 4. discovery loss (Eq. 9)
+# ---------------------------------------------------------- 4. terms of the discovery loss (Eq. 9)
 
-def discovery_loss(base, meta, obs, action, mask, noise, alpha, view=None):
-    """Eq. 9 with lambda = 0 (Table A9), averaged over the steps that exist.
+def discovery_terms(base, meta, obs, action, mask, noise, view=None):
+    """Eq. 9 with lambda = 0 (Table A9) is nll + alpha * kl, both averaged over steps that exist.
 
-    obs (B, T+1, K), action, mask (B, T), noise (B, T, n_z), alpha >= 0. view: None, or another
-    view of the same episodes, which is steered in their place (train.view_of): a dict of obs
-    (B, T'+1, K), action and mask (B, T') of its own, and row, step (B, T'): step t of view b is
-    steered by the code that was read at step step[b, t] of episode row[b, t]. Returns loss and a
-    dict: nll, kl (nats per step, scalars), kl_steps, beta (B, T), z (B, T, n_z).
+    obs (B, T+1, K), action, mask (B, T), noise (B, T, n_z). view: None, or another view of the same
+    episodes, which is steered in their place (train.view_of): a dict of obs (B, T'+1, K), action
+    and mask (B, T') of its own, and row, step (B, T'): step t of view b is steered by the code that
+    was read at step step[b, t] of episode row[b, t]. Returns a dict: nll, kl (nats per step,
+    scalars), kl_steps, beta (B, T), z (B, T, n_z).
 
     Why does the gate become sparse, though nothing penalises switching? The soft gate's KL is not
     weighted by beta (E.1): it sends no gradient to the switch at all. It acts on the encoder. A
@@ -339,4 +339,4 @@ def discovery_loss(base, meta, obs, action, mask, noise, alpha, view=None):
     # E.1: relaxed, the KL counts at every step; exact, where the gate is open. NOT in paper: the
     # NLL is averaged over the steps of the view that are scored, the KL over those of the episode.
     kl = masked_mean(kl_steps * beta if meta.gate == "gumbel" else kl_steps, mask)
-    return nll + alpha * kl, {"nll": nll, "kl": kl, "kl_steps": kl_steps, "z": z, "beta": beta}
+    return {"nll": nll, "kl": kl, "kl_steps": kl_steps, "z": z, "beta": beta}

@@ -3,9 +3,10 @@
 In the supervised stages every process makes the whole batch, from the same random numbers, and
 answers for a share of its rows; in RL it draws the numbers of all episodes, and plays its share.
 The gradients are summed by one all-reduce a step, so that N processes learn what one would, up to
-rounding (with --gate gumbel or --forget: in distribution, see own_luck), and a training begun with
-N goes on with any other number. Process 0 alone evaluates, prints and writes. In a plain
-`python train.py` there is one process, whose share is everything, and nothing here communicates.
+rounding (with --gate gumbel, --rival compile or --forget: in distribution, see own_luck), and a
+training begun with N goes on with any other number. Process 0 alone evaluates, prints and writes.
+In a plain `python train.py` there is one process, whose share is everything, and nothing here
+communicates.
 
 What this costs: making the batch is not shared (the grid's demonstrations are below 5% of a step;
 the ant's are read from disk), nor are evaluations, nor the ant's walker and demonstrations. RL

@@ -46,7 +46,7 @@ def tell(world, data, success, env):
         numbers = " ".join(f"{x:5.1f}" for x in code) if opened else "  (as before)"
         gate = f"{beta:.2f} {'opens' if opened else ''}"
         print(f"{t:4}  {data.target[0, t]:6}  {name:7} {gate:12}  {numbers}")
-    print(f"\nvisited {data.visited(0)}: {'success' if success else 'failure'}")
+    print(f"\nvisited {data.visited(0, world.O)}: {'success' if success else 'failure'}")
 
 
 def main(argv=None):

@@ -3,7 +3,8 @@
   1. a seed    its numbers by name, and those of its rivals
   2. the file  entries by preset; the rows of `python analysis.py WHAT` under analyses; the table
 
-figures.py, which calls write_results, draws from this file alone. Nothing is trained.
+figures.py calls write_results and draws from this file (but curves of training and films: from
+logs and weights). Nothing is trained.
 """
 import itertools
 import json
@@ -64,8 +65,8 @@ def seed_results(folder):
     made = [read(f"demonstrations-{kind}/made.json").get("seconds", 0)
             for kind in ("noisy", "clean")]
     identity = meta.get("code_identity")
-    plain_rivals = {row["arm"]: row["success"] for row in read_log(folder, "rivals")
-                    if not row["views"]}
+    cells = {(row["arm"], row["views"]): row for row in read_log(folder, "rivals")}
+    cotrained = cells.get(("cotrained", True), {})
     expert = plain.get("expert_success")
     normalised = plain["rl_success"] / expert if expert and "rl_success" in plain else None
     seconds = sum(made) + sum(line.get("seconds", 0) for line in last.values())
@@ -86,16 +87,18 @@ def seed_results(folder):
         "gate_elsewhere": plain.get("gate_elsewhere"), "raw_success": plain.get("raw_success"),
         "raw_episodes": last["raw"].get("episodes"), "raw_unchanged": unchanged,
         "forced_success": read("eval-forced.json").get("rl_success"),
-        "cotrain_success": read("eval-cotrain.json").get("rl_success"),
+        "cotrain_success": read("eval-cotrain.json").get("rl_success", cotrained.get("success")),
         "compile_success": read("eval-compile.json").get("rl_success"),
-        "frozen_plain_success": plain_rivals.get("frozen"),
-        "cotrain_plain_success": plain_rivals.get("cotrained"),
+        "frozen_plain_success": cells.get(("frozen", False), {}).get("success"),
+        "cotrain_plain_success": cells.get(("cotrained", False), {}).get("success"),
         "blind_success": plain.get("blind_success"), "minutes": seconds / 60,
         "base_minutes": base.get("seconds", 0) / 60}
     for name, key in CURVES.items():
         if ready(folder, name):
             numbers[key] = [[line["episodes"], line["eval_success"]]
                             for line in read_log(folder, name)]
+    if cotrained:
+        numbers.setdefault("cotrain_curve", cotrained["rl_curve"])
     own = ("expert_success", "nll", "right_turns", "right_turns_bayes", "right_turns_blind",
            "switch_f1_5", "rl_success_normalised")
     skipped = ("bayes_gap_closed",) if "right_turns" in base else own
@@ -164,13 +167,13 @@ def write_results(folders, preset, to):
     known = {seed["seed"]: seed for seed in results.get(preset, {}).get("seeds", [])}
     for folder in folders:
         new = seed_results(folder)
-        old = known.get(new["seed"], {})
-        rivals = {key: new[key] for key in RIVAL_KEYS if new.get(key) is not None}
+        seed = new["seed"]
+        old = known.get(seed, {})
+        # A rival that was not run here keeps the numbers that it has.
+        kept = {key: old[key] for key in RIVAL_KEYS if key in old and new.get(key) is None}
         if old and not (folder / "eval.json").exists():
-            known[new["seed"]] = old | rivals
-        else:
-            rest = {key: x for key, x in new.items() if key not in RIVAL_KEYS or key not in old}
-            known[new["seed"]] = old | rest | rivals
+            new = {key: new[key] for key in RIVAL_KEYS if new.get(key) is not None}
+        known[seed] = old | new | kept
     seeds = [known[k] for k in sorted(known)]
     results[preset] = {"seeds": seeds}
     path.write_text(json.dumps(results, indent=1) + "\n")

@@ -111,18 +111,18 @@ def load_checkpoint(path):
     return saved
 
 
-def save_checkpoint(path, content):
-    """`content` must have the keys of CONTENT but its sha256, which is added."""
-    buffer = io.BytesIO()  # in memory first: a full disk is then an OSError like any other
-    torch.save(content | {"sha256": digest(content)}, buffer)
-    write_atomically(path, buffer.getvalue())
-
-
 def write_atomically(path, content):
     """A reader sees the old file or the new one, never half of one, whenever the process dies."""
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(content)
     os.replace(partial, path)
+
+
+def save_checkpoint(path, content):
+    """`content` must have the keys of CONTENT but its sha256, which is added."""
+    buffer = io.BytesIO()  # in memory first: a full disk is then an OSError like any other
+    torch.save(content | {"sha256": digest(content)}, buffer)
+    write_atomically(path, buffer.getvalue())
 
 
 def suffix(run):
@@ -179,6 +179,13 @@ def finished(run, name):
     return saved is not None and saved["done"]
 
 
+def copy_checkpoint(name, source, to):
+    """Copy a checkpoint and its log from one folder to another."""
+    to.mkdir(parents=True, exist_ok=True)
+    for kind in ("jsonl", "pt"):  # the log first: a checkpoint without it would never get one
+        write_atomically(to / f"{name}.{kind}", (source / f"{name}.{kind}").read_bytes())
+
+
 def use_shipped(run, name):
     """Copy walker or base and its log out of assets/, if the run has none yet, asks for the same
     configuration and has the walker it was trained on. Walkers first. Returns whether it did."""
@@ -192,13 +199,6 @@ def use_shipped(run, name):
         return False
     copy_checkpoint(name, folder, run.folder)
     return True
-
-
-def copy_checkpoint(name, source, to):
-    """Copy a checkpoint and its log from one folder to another."""
-    to.mkdir(parents=True, exist_ok=True)
-    for kind in ("jsonl", "pt"):  # the log first: a checkpoint without it would never get one
-        write_atomically(to / f"{name}.{kind}", (source / f"{name}.{kind}").read_bytes())
 
 
 def write_log(folder, name, lines):
@@ -233,6 +233,34 @@ def seed_everything(seed, purpose, k):
 def adamw(parameters, lr, wd):
     """parameters: an iterable of tensors, or a list of groups with learning rates of their own."""
     return torch.optim.AdamW(parameters, lr=lr, weight_decay=wd, betas=(.9, .999), fused=True)
+
+
+class Stop:
+    """While it is entered, the first Ctrl-C or SIGTERM only sets `asked` to its number; the second
+    one leaves at once (not under torchrun, which passes a Ctrl-C on that we have already got)."""
+
+    def __enter__(self):
+        self.asked = 0
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():  # only it may have handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self.before[number] = signal.signal(number, self.ask)
+        return self
+
+    def ask(self, number, frame):
+        self.asked = number
+        again = ""
+        if parallel.count() == 1:
+            self.__exit__()
+            again = "; once more leaves at once"
+        tqdm.write(f"stopping after this step{again}")
+
+    def __exit__(self, *error):
+        if error and isinstance(error[1], parallel.Lost):
+            return  # torchrun's SIGTERM comes next, and first the line that says why
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 class Training:
@@ -334,7 +362,8 @@ class Training:
         # It speaks of weights that are about to change.
         (folder / f"eval{suffix(self.run)}.json").unlink(missing_ok=True)
         # Steps after the checkpoint come again.
-        lines = [line for line in read_log(folder, self.name) if 0 < self.first >= line["step"]]
+        before = read_log(folder, self.name) if self.first else []
+        lines = [line for line in before if line["step"] <= self.first]
         write_log(folder, self.name, lines)
         last = 0.
         with Stop() as stop, tqdm(total=self.steps, initial=self.first, desc=self.name,
@@ -358,35 +387,19 @@ class Training:
                     raise Interrupted(stop.asked, f"{self.name} is saved at step {step + 1}")
 
 
-class Stop:
-    """While it is entered, the first Ctrl-C or SIGTERM only sets `asked` to its number; the second
-    one leaves at once (not under torchrun, which passes a Ctrl-C on that we have already got)."""
-
-    def __enter__(self):
-        self.asked = 0
-        self.before = {}
-        if threading.current_thread() is threading.main_thread():  # only it may have handlers
-            for number in (signal.SIGINT, signal.SIGTERM):
-                if signal.getsignal(number) != signal.SIG_IGN:
-                    self.before[number] = signal.signal(number, self.ask)
-        return self
-
-    def ask(self, number, frame):
-        self.asked = number
-        again = ""
-        if parallel.count() == 1:
-            self.__exit__()
-            again = "; once more leaves at once"
-        tqdm.write(f"stopping after this step{again}")
-
-    def __exit__(self, *error):
-        if error and isinstance(error[1], parallel.Lost):
-            return  # torchrun's SIGTERM comes next, and first the line that says why
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
 # ---------------------------------------------------------------------------------------- 3. device
+
+def seconds_of_product(device, dtype):
+    """Measured, not guessed: without hardware support bfloat16 is 100 times slower."""
+    side = 256 if device.type == "cpu" else 4096  # on a GPU anything small measures the launch
+    x = torch.randn(side, side, device=device, dtype=dtype)
+    times = []
+    for _ in range(4):  # the first is a warm-up
+        begin = time.perf_counter()
+        (x @ x).sum().item()  # waits for the device
+        times.append(time.perf_counter() - begin)
+    return min(times[1:])
+
 
 def choose_device(run):
     """Resolve device and dtype, and print each choice with its reason."""
@@ -454,18 +467,6 @@ class Graphs:
             inputs[name].copy_(x)
         graph.replay()
         return result
-
-
-def seconds_of_product(device, dtype):
-    """Measured, not guessed: without hardware support bfloat16 is 100 times slower."""
-    side = 256 if device.type == "cpu" else 4096  # on a GPU anything small measures the launch
-    x = torch.randn(side, side, device=device, dtype=dtype)
-    times = []
-    for _ in range(4):  # the first is a warm-up
-        begin = time.perf_counter()
-        (x @ x).sum().item()  # waits for the device
-        times.append(time.perf_counter() - begin)
-    return min(times[1:])
 
 
 def autocast(run):

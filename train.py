@@ -62,7 +62,7 @@ from config import (
 )
 from grid import Grid
 from internal_rl import Policy, internal_episodes, internal_rl_step, play, raw_rl_step
-from metacontroller import BETA_THRESHOLD, CompILE, Decoder, Metacontroller, discovery_loss
+from metacontroller import BETA_THRESHOLD, CompILE, Decoder, Metacontroller, discovery_terms
 from model import SequenceModel, pretraining_loss
 from runs import (
     EVAL_SEED,
@@ -84,6 +84,7 @@ from runs import (
 
 # -------------------------------------------------------------------------- 1. episodes and batches
 
+BODIES = {"point": Grid, "ant": ant.Ant}
 CHUNK = 32  # batches drawn at once: episodes of similar length share one, with little padding
 
 
@@ -124,13 +125,18 @@ def batches(run, purpose, size, clean, first, last, keep=.1):
     cfg, body = run.cfg, BODIES[run.cfg.body]
     draw = body.source(run, clean)
     thin = thin_steps(cfg, last)
-    for n, begin, end in ((cfg.thin_batch, first, thin), (size, max(first, thin), last)):
-        def drawn(chunk, n=n):  # in a worker, where there are any
+    phases = ((cfg.thin_batch, first, thin), (size, max(first, thin), last))
+    for n, begin, end in phases:
+        if begin >= end:
+            continue
+
+        def drawn(chunk, n=n):  # in a worker, where there are any; n=n: this phase's
             rng = seed_everything(cfg.seed, purpose, chunk)
             data = draw(rng, CHUNK * n)
             by_length = data.length.argsort(kind="stable").reshape(CHUNK, n)
             return [data[rows] for rows in by_length[rng.permutation(CHUNK)]]
-        chunks = range(begin // CHUNK, (end - 1) // CHUNK + 1)  # none where begin >= end
+        chunks = range(begin // CHUNK, (end - 1) // CHUNK + 1)
+        # Not a data set: for each number of a chunk, drawn(chunk), beforehand if by workers.
         source = torch.utils.data.DataLoader(
             chunks, batch_size=None, collate_fn=drawn, num_workers=run.workers,
             multiprocessing_context="fork" if run.workers else None, worker_init_fn=deaf)
@@ -145,9 +151,6 @@ def batches(run, purpose, size, clean, first, last, keep=.1):
 
 
 # ------------------------------------------------------------------------ 2. views: what is steered
-
-SYMMETRIES = 8  # of the square: quarter turns and reflections
-
 
 def view_of(batch, world, symmetric, splice, join):
     """Another view of a batch's episodes, for the controllers to steer, or for the base to be
@@ -190,29 +193,31 @@ def view_of(batch, world, symmetric, splice, join):
     # In pairs, so that the shares of several processes (parallel.py) hold both of each.
     other = (rows ^ 1).clamp(max=B - 1)  # (B, 1)
     others = length[other[:, 0]]  # (B, 1) its length
-    begin = torch.minimum((draw() * length).long(), others) * spliced  # (B, 1) this episode's
-    past = torch.where(joined, others + 1, begin)  # (B, 1) how many steps are the other's
-    ends = past + length - begin  # (B, 1)
+    # (B, 1) where this episode is entered
+    entered = torch.minimum((draw() * length).long(), others) * spliced
+    past = torch.where(joined, others + 1, entered)  # (B, 1) how many steps are the other's
+    ends = past + length - entered  # (B, 1)
     if join:  # a CUDA graph can't ask how long the longest is
         recording = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         T = 2 * T + 1 if recording else max(T, int(ends.max()))
     t = torch.arange(T + 1, device=device)  # (T'+1,)
     foreign = t < past  # (B, T'+1)
-    row = torch.where(foreign, other, rows)
     theirs = torch.where(joined, t, others - past + t)  # (B, T'+1)
-    step = torch.where(foreign, theirs, begin + t - past).clamp(0, mask.shape[1])
-    seen = obs[row, step]  # (B, T'+1, K)
-    g = torch.randint(SYMMETRIES if symmetric else 1, (B, 1), device=device)[row, 0]  # (B, T'+1)
+    seen_row = torch.where(foreign, other, rows)  # (B, T'+1)
+    seen_step = torch.where(foreign, theirs, entered + t - past).clamp(0, mask.shape[1])
+    seen = obs[seen_row, seen_step]  # (B, T'+1, K)
+    turns = torch.randint(8 if symmetric else 1, (B, 1), device=device)  # and reflections
+    g = turns[seen_row, 0]  # (B, T'+1)
+    # An arrival is seen in the other episode, and steered by the first code of this one.
     arrival = joined & (t == past - 1)
-    row = torch.where(arrival, rows, row)
-    step = torch.where(arrival, 0, step).clamp(max=mask.shape[1] - 1)
+    row = torch.where(arrival, rows, seen_row)
+    step = torch.where(arrival, 0, seen_step).clamp(max=mask.shape[1] - 1)
     seen, action = body.turned(world, g, seen, batch["action"][row, step])
     steps = {"action": action, "row": row, "step": step, "mask": (t < ends) & ~arrival}
     # Nothing is done at the last observation.
     return {"obs": seen} | {name: x[:, :-1] for name, x in steps.items()}
 
 
-BODIES = {"point": Grid, "ant": ant.Ant}
 
 
 # ------------------------------------------------------------------------- 3. what every stage uses
@@ -381,6 +386,38 @@ def control(run):
     return frozen(decoder)
 
 
+def gate_line(beta):
+    """beta (T,) as text: ^ open, - shut but above .1, . shut."""
+    return "".join("^" if b > BETA_THRESHOLD else "-" if b > .1 else "." for b in beta.tolist())
+
+
+def discovered(run, base, meta, data, test, bounds, alpha):
+    """What stage 2 logs: (names to show, metrics, text). data: Trajectories of test episodes; test,
+    bounds: the same as a batch, and their exact bounds."""
+    cfg, world = run.cfg, world_of(run.cfg)
+    rng = seed_everything(EVAL_SEED, "eval", 1)
+    noise = torch.randn(*test["mask"].shape, cfg.n_z, device=run.device)
+    with torch.no_grad(), autocast(run):
+        out = discovery_terms(base, meta, test["obs"], test["action"], test["mask"], noise)
+    _, outcome = code_outcomes(base, meta.decoder, world, rng, **BODIES[cfg.body].identity)
+    _, success, _ = internal_episodes(base, meta, world, rng, cfg.eval_episodes)
+    per_episode = test["mask"].sum(1).float().mean().item()
+    metrics = {"alpha": alpha, "nll": out["nll"].item(), "bayes": bounds.get("bayes"),
+               "known": bounds.get("known"), "kl_per_episode": out["kl"].item() * per_episode,
+               **kl_by_gate(out["kl_steps"], out["beta"], test["mask"]),
+               **gate_scores(out["beta"], test["switches"], test["mask"]),
+               **opened_by_subgoals(data, out["beta"]),
+               **code_identity(outcome, len(world.subgoals)),
+               "code_success": success.mean().item()}
+    T = int(data.length[0])
+    text = ("subgoal " + "".join(map(str, data.subgoal[0, :T])),
+            "gate    " + gate_line(out["beta"][0, :T]))
+    shown = ("nll", "known", "kl_per_episode", "kl_open", "kl_shut", "switches", "true_switches",
+             "f1", "opens_subgoal_end", "opens_inside", "undecided", "code_identity", "code_none",
+             "code_success")
+    return shown, metrics, text
+
+
 def discover(run):
     """Stage 2 (C.4): the metacontroller on the frozen base, on clean demonstrations (C.4.4).
 
@@ -427,14 +464,13 @@ def discover(run):
             splice = cfg.splice * (1 - growth) if cfg.splice else 0.
             view = view_of(batch, world, cfg.symmetric, splice, cfg.join)
             mine, mine_of_view = parallel.own(batch | {"noise": noise}), view and parallel.own(view)
-            # Wanted: this process's part of the mean NLL, over the view's steps, plus alpha times
-            # its part of the mean KL, over the episodes' steps.
-            scored = parallel.part((view or batch)["mask"])
-            alpha = cfg.alpha * growth * parallel.part(batch["mask"]) / scored
             parallel.own_luck()
-            return scored * discovery_loss(
-                base, meta.train(), mine["obs"], mine["action"], mine["mask"], mine["noise"],
-                alpha, mine_of_view)[0]
+            terms = discovery_terms(base, meta.train(), mine["obs"], mine["action"], mine["mask"],
+                                    mine["noise"], mine_of_view)
+            # This process's parts of two means: over the view's steps, and over the episodes'.
+            nll = parallel.part((view or batch)["mask"]) * terms["nll"]
+            kl = parallel.part(batch["mask"]) * terms["kl"]
+            return nll + cfg.alpha * growth * kl  # Eq. 9
 
         def report(step, loss):
             return discovered(run, base, meta.eval(), data, test, bounds, cfg.alpha * grown(step))
@@ -444,38 +480,6 @@ def discover(run):
         supervise(run, training, growing(source), cfg.meta_lr, loss_of, report)
     frozen(learner)
     return base, meta
-
-
-def discovered(run, base, meta, data, test, bounds, alpha):
-    """What stage 2 logs: (names to show, metrics, text). data: Trajectories of test episodes; test,
-    bounds: the same as a batch, and their exact bounds."""
-    cfg, world = run.cfg, world_of(run.cfg)
-    rng = seed_everything(EVAL_SEED, "eval", 1)
-    noise = torch.randn(*test["mask"].shape, cfg.n_z, device=run.device)
-    with torch.no_grad(), autocast(run):
-        _, out = discovery_loss(base, meta, test["obs"], test["action"], test["mask"], noise, alpha)
-    _, outcome = code_outcomes(base, meta.decoder, world, rng, **BODIES[cfg.body].identity)
-    _, success, _ = internal_episodes(base, meta, world, rng, cfg.eval_episodes)
-    per_episode = test["mask"].sum(1).float().mean().item()
-    metrics = {"alpha": alpha, "nll": out["nll"].item(), "bayes": bounds.get("bayes"),
-               "known": bounds.get("known"), "kl_per_episode": out["kl"].item() * per_episode,
-               **kl_by_gate(out["kl_steps"], out["beta"], test["mask"]),
-               **gate_scores(out["beta"], test["switches"], test["mask"]),
-               **opened_by_subgoals(data, out["beta"]),
-               **code_identity(outcome, len(world.subgoals)),
-               "code_success": success.mean().item()}
-    T = int(data.length[0])
-    text = ("subgoal " + "".join(map(str, data.subgoal[0, :T])),
-            "gate    " + gate_line(out["beta"][0, :T]))
-    shown = ("nll", "known", "kl_per_episode", "kl_open", "kl_shut", "switches", "true_switches",
-             "f1", "opens_subgoal_end", "opens_inside", "undecided", "code_identity", "code_none",
-             "code_success")
-    return shown, metrics, text
-
-
-def gate_line(beta):
-    """beta (T,) as text: ^ open, - undecided, . shut."""
-    return "".join("^" if b > BETA_THRESHOLD else "-" if b > .1 else "." for b in beta.tolist())
 
 
 def reinforce(run, name, model, optimizer, update, trial, parent):
@@ -499,7 +503,7 @@ def reinforce(run, name, model, optimizer, update, trial, parent):
         def evaluated(episodes, happened):
             data, success, gates = trial(seed_everything(EVAL_SEED, "eval", 2))
             task = "-".join(map(str, world.post_task))
-            text = f"task {task}  visited {data.visited(0)}"
+            text = f"task {task}  visited {data.visited(0, world.O)}"
             if gates is not None:
                 text += "  gate " + gate_line(gates[0, :data.length[0]])
             shown = ("episodes", "success", "abstract_actions", "std", "eval_success",
@@ -507,15 +511,13 @@ def reinforce(run, name, model, optimizer, update, trial, parent):
             metrics = {"episodes": episodes, **happened, "eval_success": success.mean().item()}
             return shown, metrics, (text,)
 
-        def start():  # a curve begins at episode 0
-            return evaluated(0, {})
-
         def report(step, happened):
             return evaluated((step + 1) * cfg.rl_batch, happened)
 
         purpose, steps = name.split("-")[0], range(training.first, cfg.rl_updates)
         source = ((k, seed_everything(cfg.seed, purpose, k)) for k in steps)
-        training.go(source, learn, report, start)
+        # A curve begins at episode 0.
+        training.go(source, learn, report, lambda: evaluated(0, {}))
         parallel.wait()  # for the checkpoint
     return frozen(model)
 
@@ -534,7 +536,7 @@ def rl(run):
 
     def update(rng):
         return internal_rl_step(base, meta, policy, optimizer, world, rng, cfg.rl_batch,
-                                cfg.rl_epochs, cfg.rl_clip)
+                                cfg.rl_epochs)
 
     def trial(rng):
         data, success, env = internal_episodes(base, meta, world, rng, cfg.eval_episodes, policy)
@@ -553,7 +555,7 @@ def raw(run):
     optimizer = adamw(base.parameters(), cfg.raw_lr, 0.)
 
     def update(rng):
-        return raw_rl_step(base, optimizer, world, rng, cfg.rl_batch, cfg.rl_epochs, cfg.rl_clip)
+        return raw_rl_step(base, optimizer, world, rng, cfg.rl_batch, cfg.rl_epochs)
 
     def trial(rng):
         return *play(base, world, [world.post_task] * cfg.eval_episodes, rng)[:2], None
@@ -576,25 +578,22 @@ def evaluate(run):
     def alone(model, rng):
         return play(model, world, [world.post_task] * n, rng)[1]
 
-    def has(name):
-        return finished(run, name)
-
-    if not kind and has("base"):
+    if not kind and finished(run, "base"):
         base, rng = pretrain(run), fresh()
         # Blind success is rare: 20 times as many episodes.
         rate = np.concatenate([alone(base, rng) for _ in range(20)]).mean()
         rows["blind_success"] = "blind sampling from the base model", rate
-        if has("control"):
+        if finished(run, "control"):
             codes = torch.eye(len(world.subgoals), device=run.device)
             rate = control_success(base, control(run), codes, world, fresh(), n)[0]
             rows["control_success"] = "true-subgoal controllers (C.3)", rate
-    if has("meta" + kind):
+    if finished(run, "meta" + kind):
         base, meta = discover(run)
         rate = internal_episodes(base, meta, world, fresh(), n)[1].mean()
         rows["code_success"] = "codes from the prior, before RL", rate
-    if not kind and has("base"):
+    if not kind and finished(run, "base"):
         rows |= body.evaluated(run, n)
-    if has("policy" + kind):
+    if finished(run, "policy" + kind):
         title = {"": "internal RL", "-forced": "internal RL, forced switching",
                  "-cotrain": "internal RL, co-trained base",
                  "-compile": "internal RL on CompILE"}[kind]
@@ -606,7 +605,7 @@ def evaluate(run):
         for (key, where), opened in zip(wheres.items(), opened_at_arrivals(world, data, env.gates)):
             if len(opened):
                 rows[key] = f"under it the gate opens at an arrival {where}", opened.mean()
-    if not kind and has("raw"):
+    if not kind and finished(run, "raw"):
         rows["raw_success"] = "raw-action RL", alone(raw(run), fresh()).mean()
     if not rows:
         raise Refused(f"nothing in {run.folder} has been trained to its end: there is nothing to "
@@ -636,16 +635,16 @@ STAGES = {"expert": lambda run: BODIES[run.cfg.body].expert(run), "pretrain": pr
 RIVALS = ("none", "raw", "forced", "cotrain", "compile")
 # Which checkpoints a stage reads or writes, besides the expert's.
 NEEDS = {"expert": (), "pretrain": ("base",), "control": ("base", "control"),
-         "discover": ("base", "meta"), "rl": ("base", "control", "meta", "policy", "raw"),
-         "eval": ("base", "control", "meta", "policy", "raw")}
-# Which of these a rival writes (so that --fresh deletes them), and whether it reads the base.
+         "discover": ("base", "meta")}
+NEEDS["rl"] = NEEDS["eval"] = ("base", "control", "meta", "policy", "raw")
+# Which of these a rival writes, so that --fresh deletes them.
 WRITES = {"none": NEEDS["rl"], "raw": ("raw",), "forced": ("meta", "policy"),
           "cotrain": ("meta", "policy"), "compile": ("meta", "policy")}
 
 
 def open_run(folder, name):
     """A Run with the configuration that checkpoint `name` in this folder was made with, for those
-    who only look (figures.py, play.py)."""
+    who only look."""
     saved = load_checkpoint(folder / f"{name}.pt")["fingerprint"]
     groups = DEPENDS[name.split("-")[0]]
     # A field that it does not know is younger: it was made with the default (runs.difference).

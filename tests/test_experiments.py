@@ -196,6 +196,7 @@ def test_ablations_rates_and_rivals_train_what_their_cells_say(run, tmp_path, mo
     assert all((tmp_path / "smoke" / f"{name}.png").exists() for name in pictures)
     (seed,) = json.loads((tmp_path / "results.json").read_text())["smoke"]["seeds"]
     assert (seed["frozen_plain_success"], seed["cotrain_plain_success"]) == (0.25, 0.75)
+    assert seed["cotrain_success"] == seed["cotrain_curve"][-1][1]  # the arm with views
 
 
 def test_the_ant_is_refused(capsys, tmp_path):

@@ -196,7 +196,7 @@ def test_raw_first_ratio_is_one(monkeypatch):
         ),
     )
     raw_rl_step(
-        base, torch.optim.AdamW(base.parameters(), lr=1e-3), WORLD, rng(), 30, epochs=2, clip=0.2
+        base, torch.optim.AdamW(base.parameters(), lr=1e-3), WORLD, rng(), 30, epochs=2
     )
     assert (seen[0] - 1).abs().max() < 1e-4 and (seen[1] - 1).abs().max() > 1e-4
 
@@ -254,7 +254,6 @@ def test_equal_rewards_teach_nothing():
         rng(),
         16,
         2,
-        0.2,
     )
     assert report["success"] == 0 and all(
         torch.equal(before[k], v) for k, v in policy.state_dict().items()

@@ -370,7 +370,7 @@ def test_help_names_groups_defaults_and_presets():
         "stage 2: the metacontroller",
         "the world (A.1.2",
         "ant-small: a laptop",
-        "weight of the KL [paper's grid: 0.17]",
+        "weight of the KL [grid-paper: 0.17]",
     ):
         assert word in " ".join(text.split())
 

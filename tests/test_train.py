@@ -831,10 +831,10 @@ def test_batches_padded_for_cuda_graphs_have_few_lengths_and_the_same_loss(tmp_p
             B, T = batch["mask"].shape
             noise = torch.randn(cfg.T, B, cfg.n_z)[:T].transpose(0, 1)
             view = view_of(batch, config.world_of(cfg), True, 0.5, 0.0)
-            found = train.discovery_loss(
-                base, meta, batch["obs"], batch["action"], batch["mask"], noise, 0.1, view
+            found = train.discovery_terms(
+                base, meta, batch["obs"], batch["action"], batch["mask"], noise, view
             )
-            losses.append(found[0].item())
+            losses.append((found["nll"] + 0.1 * found["kl"]).item())
             assert view["mask"].shape[1] == T
             plain = train.pretraining_loss(base, batch["obs"], batch["action"], batch["mask"])
             losses.append(plain[0].item())
