@@ -183,7 +183,7 @@ def code_outcomes(base, decoder, world, rng, codes=256, layouts=64):
         data, _, _ = play(base, world, [task] * len(agent), rng, steer_by_code(decoder), state,
                           (things, agent))
         outcome += [starts.get(colour, len(starts)) for colour in first_colour(world, data)]
-    return drawn, np.array(outcome).reshape(codes, layouts)
+    return drawn, np.array(outcome).reshape(codes, layouts)  # (codes * layouts,) before
 
 
 def outcome_counts(outcome, subgoals):

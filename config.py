@@ -313,8 +313,10 @@ def check(cfg, preset):
 # ---------------------------------------------------------------------------------- 4. command line
 
 class Parser(argparse.ArgumentParser):
+    """One sentence and exit code 2 on whatever it does not understand."""
+
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n")  # one sentence, without the page of usage
+        self.exit(2, f"{self.prog}: {message}\n")  # without the page of usage
 
     def parse_args(self, argv=None):
         args = super().parse_args(argv)
@@ -325,6 +327,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def boolean(text):
+    """"True" or "False" -> bool; else ArgumentTypeError."""
     if text not in ("True", "False"):
         raise argparse.ArgumentTypeError(f"'{text}' is neither True nor False")
     return text == "True"

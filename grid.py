@@ -51,7 +51,8 @@ class ObsEmbedding(nn.Module):
             dy = row[..., :-1] - row[..., -1:]  # (B, T, K-1), each in -(G-1) .. G-1
             dx = column[..., :-1] - column[..., -1:]
             obs = (dy + self.G - 1) * (2 * self.G - 1) + dx + self.G - 1
-        rows = (obs + self.offset).reshape(B * T, self.kinds)  # thing k, place c -> row k*rows + c
+        # Thing k, place c -> row k * rows + c; (B, T, k) -> (B * T, k).
+        rows = (obs + self.offset).reshape(B * T, self.kinds)
         return self.bag(rows).view(B, T, -1) + self.bias  # (B*T, D) -> (B, T, D)
 
 

@@ -198,6 +198,7 @@ class Policy(nn.Module):
         return self.mean(self.norm(self.block(self.inp(self.norm_in(e)), cache=memory)))
 
     def init_memory(self, n):
+        """What `forward` remembers of n episodes: nothing yet."""
         return self.block.mixer.init_cache(n, 0, self.mean.weight)
 
     def ask(self, e, memory, noise):

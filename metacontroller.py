@@ -62,7 +62,8 @@ class Decoder(nn.Module):
             # (D out * D in, H_d) -> (D in, D out * H_d)
             W = last.weight.view(D, D, -1).transpose(0, 1).reshape(D, -1)
             each = (e @ W).view(*e.shape, -1)  # (..., D * H_d) -> (..., D, H_d)
-            return e + (each @ hidden[..., None])[..., 0] + e @ last.bias.view(D, D).T
+            bias = last.bias.view(D, D).T  # (D out * D in,) -> (D in, D out)
+            return e + (each @ hidden[..., None])[..., 0] + e @ bias
         left, right = last.weight.chunk(2)  # (D r, H_d) and (r D, H_d)
         left_bias, right_bias = last.bias.chunk(2)  # (D r,) and (r D,)
         R = right.view(r, D, -1).transpose(0, 1).reshape(D, -1)  # -> (D, r, H_d) -> (D, r * H_d)
@@ -76,8 +77,9 @@ class Decoder(nn.Module):
         """U itself, (..., D, D): for tests and for looking at it."""
         flat, D, r = self.net(z), self.width, self.rank  # (..., 2 D r) or (..., D * D)
         if not r:
-            return flat.view(*z.shape[:-1], D, D)
+            return flat.view(*z.shape[:-1], D, D)  # (..., D * D) -> (..., D, D)
         left, right = flat.chunk(2, dim=-1)  # (..., D * r) and (..., r * D)
+        # (..., D * r) -> (..., D, r), times (..., r * D) -> (..., r, D)
         return left.view(*z.shape[:-1], D, r) @ right.view(*z.shape[:-1], r, D)
 
 

@@ -223,6 +223,7 @@ class RGLRU(nn.Module):
         blocks = x.view(B, T, self.heads, -1)  # (B, T, W) -> (B, T, H, W/H)
         r, i = (torch.einsum("bthi,hij->bthj", blocks, w) + b.squeeze(1)  # (B, T, H, W/H)
                 for w, b in zip(self.w, self.b))
+        # (B, T, H, W/H) -> (B, T, W), twice
         log_a = -8 * F.softplus(self.log_lambda) * torch.sigmoid(r).reshape(B, T, W)
         gain = BoundedSqrt.apply(-torch.expm1(2 * log_a))  # sqrt(1 - a^2), exact also near a = 1
         b = gain * torch.sigmoid(i).reshape(B, T, W) * x
@@ -274,6 +275,7 @@ class Block(nn.Module):
         self.mlp = mlp(width, hidden)
 
     def forward(self, x, bias=None, cache=None):
+        """x (B, T, D), bias (H, T, T) or None -> (B, T, D). With a cache: goes on from it."""
         x = x + self.mixer(self.norm1(x), bias, cache)
         return x + self.mlp(self.norm2(x))
 
@@ -350,6 +352,7 @@ def obs_nll(logits, next_obs):
     if next_obs.is_floating_point():
         return -gaussian_logp(next_obs, *logits.float().chunk(2, dim=-1))
     log_p = logits.view(*next_obs.shape, -1).log_softmax(-1)  # (B, T, K*C) -> (B, T, K, C)
+    # (B, T, K, C) at (B, T, K, 1) -> (B, T, K) -> (B, T)
     return -log_p.gather(-1, next_obs[..., None])[..., 0].sum(-1)
 
 

@@ -11,7 +11,7 @@ checkpoint needs model, optimiser and step, and no generator states. It holds on
 the same number of threads and processes; CUDA's own kernels are not all deterministic.
 
 Files: runs/<preset>/seed<k>/*.pt and, for each, a .jsonl of metrics. Keys of every line: step,
-seconds (spent so far); the others are named in train.py, where they are reported.
+seconds (spent so far); the others are named where they are reported (train.py, ant.py).
 """
 import hashlib
 import io
@@ -313,9 +313,11 @@ class Training:
             print(f"{self.name}: continues at step {self.first}")
 
     def seconds(self):
+        """Spent on this stage so far, in all sessions."""
         return time.time() - self.begun
 
     def save(self, step):
+        """Put the checkpoint of this step in the place of the last one."""
         save_checkpoint(self.path, {
             "fingerprint": fingerprint(self.run, self.name), "dtype": str(self.run.dtype),
             "parent": self.parent, "step": step, "seconds": self.seconds(),
@@ -470,4 +472,5 @@ class Graphs:
 
 
 def autocast(run):
+    """bfloat16 products where the run asks for them."""
     return torch.autocast(run.device.type, torch.bfloat16, enabled=run.dtype == torch.bfloat16)

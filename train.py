@@ -133,6 +133,7 @@ def batches(run, purpose, size, clean, first, last, keep=.1):
         def drawn(chunk, n=n):  # in a worker, where there are any; n=n: this phase's
             rng = seed_everything(cfg.seed, purpose, chunk)
             data = draw(rng, CHUNK * n)
+            # (CHUNK * n,) -> (CHUNK, n)
             by_length = data.length.argsort(kind="stable").reshape(CHUNK, n)
             return [data[rows] for rows in by_length[rng.permutation(CHUNK)]]
         chunks = range(begin // CHUNK, (end - 1) // CHUNK + 1)
@@ -267,10 +268,12 @@ def supervise(run, training, source, lr, loss_of, report):
 
 
 def frozen(model):
+    """The model itself, in evaluation mode, none of its weights to be trained."""
     return model.requires_grad_(False).eval()
 
 
 def new_base(run):
+    """An untrained base of the run's sizes, on its device."""
     cfg = run.cfg
     parts = BODIES[cfg.body].parts(world_of(cfg), cfg.relative)
     model = SequenceModel(parts, width=cfg.width, layers=cfg.layers, heads=cfg.heads,
@@ -420,6 +423,7 @@ def discovered(run, base, meta, data, test, bounds, alpha):
 
 def discover(run):
     """Stage 2 (C.4): the metacontroller on the frozen base, on clean demonstrations (C.4.4).
+    Returns base and metacontroller.
 
     Log: alpha (as grown so far), nll, bayes, known; kl_per_episode (nats), kl_open and kl_shut
     (nats per step where the gate is open and shut); switches, true_switches (per episode),
@@ -523,7 +527,8 @@ def reinforce(run, name, model, optimizer, update, trial, parent):
 
 
 def rl(run):
-    """Stage 3 (C.5): internal RL on the post-training task, which no demonstration ever showed."""
+    """Stage 3 (C.5): internal RL on the post-training task, which no demonstration ever showed.
+    Returns base, metacontroller and policy."""
     cfg, world = run.cfg, world_of(run.cfg)
     base, meta = discover(run)
     seed_everything(cfg.seed, "init", 3)
@@ -735,6 +740,8 @@ def prepare(run, preset, stage, stale):
 
 
 def main(argv=None):
+    """Returns the exit code: 2 for what can't work; 1 a loss that is not finite, a full disk; 130,
+    143 stopped."""
     parallel.join()
     complaints = sys.stderr
     if parallel.rank():  # process 0 speaks for all; what is not foreseen still has its traceback
