@@ -106,11 +106,12 @@ def draw_success(seeds, to):
             axis.fill_between(episodes, low, high, color=colour, alpha=.25, lw=0)
         ends.append((middle[-1], f"{label}\n({seeds_of(curves)})", colour))
     for axis, scale in zip(axes, ("linear", "symlog")):
-        axis.set(xlabel="episodes", ylabel="success, post-training task", ylim=(0, 1))
+        axis.set(xlabel="episodes", ylim=(0, 1))
         axis.ticklabel_format(axis="x", style="sci", scilimits=(3, 3))
         if scale == "symlog":  # linear below 1e-3, so that 0 is at 0
             axis.set_yscale(scale, linthresh=1e-3)
             axis.set_yticks([0, 1e-3, 1e-2, 1e-1, 1], ["0", "0.001", "0.01", "0.1", "1"])
+    axes[0].set(ylabel="success, post-training task")
     label_ends(axes[0], ends, .12)
     shown = 0
     for key, (label, colour) in zip(("rl_success", "forced_success", "cotrain_success",
@@ -322,12 +323,14 @@ def draw_rivals(rows, to):
                 episodes, success = zip(*row["rl_curve"])
                 axis.plot(episodes, success, color=colour, lw=1.2, clip_on=False)
             if own:
-                ends.append((np.median([row["success"] for row in own]), text, colour))
+                middle = np.median([row["success"] for row in own])
+                ends.append((middle, f"{text} ({seeds_of(own)})", colour))
         axis.set(xlabel="episodes of internal RL", ylim=(0, 1), xlim=(0, None),
                  title="codes steer other views" if views else "codes steer their own episode")
+        axis.ticklabel_format(axis="x", style="sci", scilimits=(3, 3))
         label_ends(axis, ends, .08)
-    axes[0].set_ylabel(f"success, {measured_on(rows)}")
-    figure.subplots_adjust(wspace=.4)
+    axes[0].set_ylabel("success")
+    figure.subplots_adjust(wspace=.6)
     save(figure, to / "rivals.png")
 
 
