@@ -207,7 +207,8 @@ def view_of(batch, world, symmetric, splice, join):
     seen_row = torch.where(foreign, other, rows)  # (B, T'+1)
     seen_step = torch.where(foreign, theirs, entered + t - past).clamp(0, mask.shape[1])
     seen = obs[seen_row, seen_step]  # (B, T'+1, K)
-    turns = torch.randint(8 if symmetric else 1, (B, 1), device=device)  # and reflections
+    # Which of the square's eight turns and reflections; 0: as it is.
+    turns = torch.randint(8 if symmetric else 1, (B, 1), device=device)
     g = turns[seen_row, 0]  # (B, T'+1)
     # An arrival is seen in the other episode, and steered by the first code of this one.
     arrival = joined & (t == past - 1)
