@@ -923,7 +923,6 @@ class Ant:
     expert = staticmethod(expert)
     thin = staticmethod(thinned)
     checkpoints = ("walker",)
-    identity = {"codes": 64, "layouts": 16}  # few, of long episodes
 
     @staticmethod
     def forget(folder):

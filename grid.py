@@ -76,7 +76,6 @@ class Grid:
     """What the stages need to know of a body; ant.Ant is the other one."""
     parts = staticmethod(grid_parts)  # embedding and heads of the base
     checkpoints = ()  # of its expert
-    identity = {}  # how many codes and layouts code identity takes; {}: its defaults
 
     @staticmethod
     def expert(run):

@@ -220,8 +220,6 @@ def view_of(batch, world, symmetric, splice, join):
     return {"obs": seen} | {name: x[:, :-1] for name, x in steps.items()}
 
 
-
-
 # ------------------------------------------------------------------------- 3. what every stage uses
 
 # Every stage is the same loop, runs.Training.go:
@@ -403,7 +401,8 @@ def discovered(run, base, meta, data, test, bounds, alpha):
     noise = torch.randn(*test["mask"].shape, cfg.n_z, device=run.device)
     with torch.no_grad(), autocast(run):
         out = discovery_terms(base, meta, test["obs"], test["action"], test["mask"], noise)
-    _, outcome = code_outcomes(base, meta.decoder, world, rng, **BODIES[cfg.body].identity)
+    codes = min(256, max(8, cfg.eval_episodes // 4))
+    _, outcome = code_outcomes(base, meta.decoder, world, rng, codes, codes // 4)
     _, success, _ = internal_episodes(base, meta, world, rng, cfg.eval_episodes)
     per_episode = test["mask"].sum(1).float().mean().item()
     metrics = {"alpha": alpha, "nll": out["nll"].item(), "bayes": bounds.get("bayes"),
