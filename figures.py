@@ -92,7 +92,7 @@ def seeds_of(seeds):
 
 def draw_success(seeds, to):
     """Fig. 8, A5. seeds: this preset's entry of results.json; older ones have no curves."""
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), width_ratios=(1, 1, .9))
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), width_ratios=(1, 1, 1.4))
     ends = []
     for (name, label), colour in zip(METHODS.items(), COLOURS):
         curves = [dict(seed[CURVES[name]]) for seed in seeds if seed.get(CURVES[name])]
