@@ -51,6 +51,7 @@ from envs import (
     PALETTE,
     WORLDS,
     GridWorlds,
+    NoExperts,
     Pinpad,
     Trajectories,
     concatenate,
@@ -745,7 +746,7 @@ class Demonstrations:
             rng = seed_everything(run.cfg.seed, "demonstrations", 2 * k + (kind == "clean"))
             try:
                 data = generate(world, rng, sizes[k], expert=make_expert, portion=PORTION)
-            except ValueError as error:  # it hardly ever arrives
+            except NoExperts as error:
                 raise Refused(f"{error}; the walker needs more --walker_updates") from None
             seen = np.arange(data.sensed.shape[1]) <= data.length[:, None]  # (n, T+1)
             # No action follows the last observation.
@@ -875,7 +876,7 @@ def by_cells(world, data):
 
 def right_turns(walker, world, data, action):
     """Where the ant of a demonstration enters a cell, does the base know which way it will leave?
-    A dict of shares of the moves that are guessed right. ValueError if there is none.
+    A dict of shares of the moves that are guessed right. Refused if there is none.
 
     NOT in paper. The ant's action NLL is mostly about moving limbs; this is the part of it that is
     about goals, and it has a bound. data: Trajectories of N ants; action (N, T, 8): the base's mean
@@ -895,8 +896,10 @@ def right_turns(walker, world, data, action):
     kept = (taken > 0) & (cells.action >= 0) | ~cells.mask()
     rows = np.flatnonzero(kept.all(axis=1))
     if not len(rows):
-        raise ValueError("no episode among the ant's demonstrations keeps to shortest paths")
-    cells, when, probs = cells[rows], when[rows], probs[rows]
+        raise Refused("no episode among the ant's demonstrations keeps to shortest paths; the "
+                      "walker needs more --walker_updates")
+    cells, when = cells[rows], when[rows]
+    probs = probs[rows, :cells.action.shape[1]]  # (N', M, O, 4): as cells, cut to the longest
     _, _, belief = exact_bounds(grid, cells)  # (N', M, S)
     first = [subgoal[0] for subgoal in world.subgoals]
     optimal = np.einsum("nms,nmsa->nma", belief, probs[:, :, first]).argmax(-1)
@@ -958,10 +961,7 @@ class Ant:
     def knows(run, base, data, obs, nll, bounds):
         with torch.no_grad():
             mean = base.action_logits(base.lower(obs))[..., :8].cpu().numpy()  # (N, T, 8)
-        try:
-            return right_turns(expert(run), world_of(run.cfg), data, mean)
-        except ValueError as error:
-            raise Refused(f"{error}; the walker needs more --walker_updates") from None
+        return right_turns(expert(run), world_of(run.cfg), data, mean)
 
     @staticmethod
     def evaluated(run, n):

@@ -567,13 +567,17 @@ def simulate(world, tasks, things, agent, act, rng=None):
     return played, worlds.success
 
 
+class NoExperts(ValueError):
+    """In this world experts hardly ever finish a task."""
+
+
 def generate(world, rng, n, eps=0., expert=None, portion=8192):
     """n successful expert episodes on uniformly drawn pretraining tasks (C.1.1: failed ones are
     dropped).
 
     eps: share of random actions of the grid's expert; expert: another one, `expert(world, dist,
     rng, stuck) -> act`; portion: how many are played at once at most, which bounds the memory.
-    ValueError if fewer than one in a thousand succeeds: such a world has no experts.
+    NoExperts if fewer than one in a thousand succeeds.
     """
     parts = []
     have = tried = 0
@@ -590,8 +594,8 @@ def generate(world, rng, n, eps=0., expert=None, portion=8192):
         keep = np.flatnonzero(success & ~stuck)  # a success by luck has no expert
         tried += m
         if tried >= 10_000 and have + len(keep) < tried / 1000:
-            raise ValueError(f"impossible world: the expert finished a task within T={world.T} "
-                             f"steps in only {have + len(keep)} of {tried} layouts")
+            raise NoExperts(f"impossible world: the expert finished a task within T={world.T} "
+                            f"steps in only {have + len(keep)} of {tried} layouts")
         if len(keep):
             parts.append(played[keep])
             have += len(keep)

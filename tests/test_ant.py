@@ -503,6 +503,15 @@ def test_the_expert_turns_as_he_does_and_no_guess_of_his_goal_is_as_good(walks):
         and 0.6 < shares["right_turns_bayes"] < 0.9
     )
     assert right_turns(walker, WORLD, data, np.zeros_like(data.action))["right_turns"] < 0.5
+    # Episodes that no expert of the grid would play do not count, though they are the longest.
+    cells = by_cells(WORLD, data)[0].length
+    longest = cells == cells.max()
+    others = np.flatnonzero(~longest)
+    spoilt = dataclasses.replace(data, target=data.target.copy())
+    spoilt.target[longest] = (data.target[longest] + 1) % WORLD.O
+    left = data[others]
+    alone = right_turns(walker, WORLD, left, left.action)
+    assert right_turns(walker, WORLD, spoilt, data.action) == alone != shares
 
 
 def test_a_thinned_episode_keeps_where_cells_begin(walks):
