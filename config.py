@@ -175,16 +175,17 @@ PRESETS = {
         rl_updates=200, rl_batch=512, rl_lr=1e-3, std_lr=1e-2, raw_lr=3e-4, rl_epochs=2,
         evaluations=10),
     # Subgoals of two colours, in minutes: three pairs on the board of grid-small. alpha is large
-    # enough that a gate which opens inside a pair does not pay.
+    # enough that a gate which opens inside a pair does not pay. Spliced views make codes form,
+    # joined ones, which take their place as alpha grows, keep them obeyed.
     "grid-trio": Config(
         G=5, O=6, W=0, T=50, task_set="trio", post_task="0-1-2-3-4-5-0-1-2-3",
         width=128, layers=4, heads=4, hidden=256, relative=True, lam=0., warmup=100, decay=.5,
         base_steps=12_000, base_batch=64, base_lr=3e-3,
-        layer=2, symmetric=True, join=.5,
+        layer=2, symmetric=True, splice=1., join=.5,
         control_steps=2000, control_batch=128, control_lr=3e-3,
         decoder_hidden=64, meta_steps=4000, meta_batch=128, meta_lr=1.5e-3, alpha=.3,
-        alpha_start=600, alpha_ramp=1500, segment_rate=7,
-        rl_updates=200, rl_batch=512, rl_lr=1e-3, std_lr=1e-2, raw_lr=3e-4, rl_epochs=2,
+        alpha_start=1000, alpha_ramp=1500, segment_rate=7,
+        rl_updates=2000, rl_batch=512, rl_lr=1e-3, std_lr=1e-2, raw_lr=3e-4, rl_epochs=2,
         evaluations=10),
     # The paper's own world, A.1 exactly, with a small network and control at mid-depth. Stage 1 and
     # C.3 are measured, and the base shipped; stages 2 and 3 are a first guess and do not work yet

@@ -449,7 +449,7 @@ def discover(run):
 
         def grown(step):
             # NOT in paper: alpha grows from 0. With alpha in full from the start the code is given
-            # up before it carries anything. Meanwhile spliced views give way to whole ones: on
+            # up before it carries anything. Meanwhile spliced views give way to the others: on
             # those a code must be obeyed whatever the past, in these no subgoal is cut in two.
             return min(1., max(0, step + 1 - cfg.alpha_start) / max(cfg.alpha_ramp, 1))
 
