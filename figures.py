@@ -14,6 +14,7 @@ First results.py writes results.json from the runs' logs. 1 and 3 are drawn from
 .pt files of all seeds found; 2 and 4 from results.json alone: without runs, from the one in
 assets/. What has no data is skipped, saying so. Nothing is trained.
 """
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -91,20 +92,28 @@ def seeds_of(seeds):
 # -------------------------------------------------------------------------- 2. success (Fig. 8, A5)
 
 def draw_success(seeds, to):
-    """Fig. 8, A5. seeds: this preset's entry of results.json; older ones have no curves."""
+    """Fig. 8, A5. seeds: this preset's entry of results.json; older ones have no curves. Up to
+    three seeds are drawn each, more as median and quartiles."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), width_ratios=(1, 1, 1.4))
     ends = []
     for (name, label), colour in zip(METHODS.items(), COLOURS):
         curves = [dict(seed[CURVES[name]]) for seed in seeds if seed.get(CURVES[name])]
         if not curves:
             continue
-        episodes = sorted(set.intersection(*map(set, curves)))  # where every seed was evaluated
-        success = np.array([[curve[n] for n in episodes] for curve in curves])  # (seeds, points)
-        low, middle, high = np.quantile(success, (.25, .5, .75), axis=0)
-        for axis in axes[:2]:
-            axis.plot(episodes, middle, color=colour, marker=".", clip_on=False)
-            axis.fill_between(episodes, low, high, color=colour, alpha=.25, lw=0)
-        ends.append((middle[-1], f"{label}\n({seeds_of(curves)})", colour))
+        if len(curves) < 4:  # each of them
+            shown = [(list(curve), list(curve.values())) for curve in curves]
+        else:  # median and quartiles, where every seed was evaluated
+            episodes = sorted(set.intersection(*map(set, curves)))
+            # (seeds, points)
+            success = np.array([[curve[n] for n in episodes] for curve in curves])
+            low, middle, high = np.quantile(success, (.25, .5, .75), axis=0)
+            shown = [(episodes, middle)]
+            for axis in axes[:2]:
+                axis.fill_between(episodes, low, high, color=colour, alpha=.25, lw=0)
+        for axis, line in itertools.product(axes[:2], shown):
+            axis.plot(*line, color=colour, marker=".", lw=1.2, clip_on=False)
+        end = np.median([line[-1] for _, line in shown])
+        ends.append((end, f"{label}\n({seeds_of(curves)})", colour))
     for axis, scale in zip(axes, ("linear", "symlog")):
         axis.set(xlabel="episodes", ylim=(0, 1))
         axis.ticklabel_format(axis="x", style="sci", scilimits=(3, 3))
