@@ -174,7 +174,7 @@ PRESETS = {
         alpha_start=3000, alpha_ramp=1500, segment_rate=3,
         rl_updates=200, rl_batch=512, rl_lr=1e-3, std_lr=1e-2, raw_lr=3e-4, rl_epochs=2,
         evaluations=10),
-    # Subgoals of two colours, in minutes: three pairs on the board of grid-small. alpha is large
+    # Subgoals of two colours, in an hour: three pairs on the board of grid-small. alpha is large
     # enough that a gate which opens inside a pair does not pay. Spliced views make codes form,
     # joined ones, which take their place as alpha grows, keep them obeyed.
     "grid-trio": Config(

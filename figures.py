@@ -101,18 +101,18 @@ def draw_success(seeds, to):
         if not curves:
             continue
         if len(curves) < 4:  # each of them
-            shown = [(list(curve), list(curve.values())) for curve in curves]
+            lines = [(list(curve), list(curve.values())) for curve in curves]
         else:  # median and quartiles, where every seed was evaluated
             episodes = sorted(set.intersection(*map(set, curves)))
             # (seeds, points)
             success = np.array([[curve[n] for n in episodes] for curve in curves])
             low, middle, high = np.quantile(success, (.25, .5, .75), axis=0)
-            shown = [(episodes, middle)]
+            lines = [(episodes, middle)]
             for axis in axes[:2]:
                 axis.fill_between(episodes, low, high, color=colour, alpha=.25, lw=0)
-        for axis, line in itertools.product(axes[:2], shown):
-            axis.plot(*line, color=colour, marker=".", lw=1.2, clip_on=False)
-        end = np.median([line[-1] for _, line in shown])
+        for axis, (x, y) in itertools.product(axes[:2], lines):
+            axis.plot(x, y, color=colour, marker=".", lw=1.2, clip_on=False)
+        end = np.median([y[-1] for _, y in lines])
         ends.append((end, f"{label}\n({seeds_of(curves)})", colour))
     for axis, scale in zip(axes, ("linear", "symlog")):
         axis.set(xlabel="episodes", ylim=(0, 1))

@@ -401,7 +401,7 @@ def discovered(run, base, meta, data, test, bounds, alpha):
     noise = torch.randn(*test["mask"].shape, cfg.n_z, device=run.device)
     with torch.no_grad(), autocast(run):
         out = discovery_terms(base, meta, test["obs"], test["action"], test["mask"], noise)
-    codes = min(256, max(8, cfg.eval_episodes // 4))
+    codes = min(256, max(8, cfg.eval_episodes // 4))  # fewer where episodes are dear
     _, outcome = code_outcomes(base, meta.decoder, world, rng, codes, codes // 4)
     _, success, _ = internal_episodes(base, meta, world, rng, cfg.eval_episodes)
     per_episode = test["mask"].sum(1).float().mean().item()
