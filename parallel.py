@@ -31,6 +31,9 @@ def join():
     """Meet the other processes, if torchrun has started this one."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
+    # Imported later (the first optimiser does it), its functions would keep the group, as a default
+    # argument, beyond leave; gloo's threads then sometimes abort a process that is done.
+    from torch.distributed import nn  # noqa: F401
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     # The others wait while process 0 evaluates, or trains the ant's walker.
     dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
@@ -40,7 +43,7 @@ def join():
 
 
 def leave():
-    """End what join began: without it gloo's threads may abort a process that is done."""
+    """End what join began, gloo's threads with it."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -107,6 +108,26 @@ def test_a_lost_process_ends_all_and_one_process_goes_on(tmp_path):
     alone.kill()
     alone.wait()
     assert text == f"base: continues at step {saved}\n"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
+def test_nothing_of_gloo_outlives_the_group(tmp_path):
+    """A thread that does may abort the process at its exit."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys, torch\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import parallel\n"
+        "parallel.join()\n"
+        "torch.optim.AdamW([torch.zeros(1)]).step()\n"
+        "parallel.wait()\n"
+        "parallel.leave()\n"
+        "tasks = [open(f'/proc/self/task/{t}/comm').read() for t in os.listdir('/proc/self/task')]\n"
+        "assert not any('gloo' in task for task in tasks), tasks\n"
+    )
+    done = subprocess.run([*TORCHRUN, str(script)], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_batch_that_can_t_be_shared_is_refused(monkeypatch, tmp_path):
