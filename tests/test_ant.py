@@ -800,7 +800,7 @@ def test_every_stage_runs_on_recorded_ants(tmp_path, monkeypatch, capsys):
     )
     blank = np.zeros((512, 512, 3), np.uint8)  # drawing has tests of its own
     monkeypatch.setattr(ant, "draw_ant", lambda *args: blank)
-    for rival in ("none", "forced", "cotrain"):
+    for rival in ("none", "cotrain"):
         assert train.main([*SHORT, "--rival", rival, "--out", str(tmp_path)]) == 0, (
             capsys.readouterr().err
         )

@@ -117,10 +117,10 @@ def test_a_finished_stage_is_reused_and_fresh_starts_again(finished, tmp_path, c
     "stage, name",
     [
         ("pretrain", "base"),
-        ("control", "control"),
+        pytest.param("control", "control", marks=pytest.mark.slow),  # its loop is stage 2's
         ("discover", "meta"),
         ("rl", "policy"),
-        ("rl", "raw"),
+        pytest.param("rl", "raw", marks=pytest.mark.slow),  # its loop is the policy's
     ],
 )
 def test_killed_at_any_moment_it_ends_with_the_same_weights(
