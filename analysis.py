@@ -1,7 +1,8 @@
 """What is measured about a trained model. Nothing here trains a model; train.py prints and logs it.
 As a program, `python analysis.py WHAT`, it runs the paper's analyses: experiments.py.
 
-  1. the gate         scores against true switches, what the KL pays, openings at arrivals
+  1. the gate         scores against true switches, what the KL pays, openings at arrivals; and
+                      success by leg and by subgoals
   2. true subgoals    controllers of the TRUE subgoals (C.3): their loss and their success
   3. codes            where a code leads: code identity, code transplant (B.3.2)
 
@@ -70,7 +71,7 @@ def kl_by_gate(kl_steps, beta, mask):
 def opened_by_subgoals(data, gates):
     """Does the gate open where a subgoal is finished, and where only a colour inside one is
     reached? On subgoals of several colours this tells a gate that knows them from one that opens
-    on colours. NOT in paper, which shows it in Fig. 6.
+    on colours. NOT in paper: the number; Fig. 6 shows it.
 
     data: Trajectories of N episodes; gates (N, T), beta. Returns a dict of shares of arrivals, None
     without any: opens_subgoal_end, opens_inside.
@@ -85,7 +86,8 @@ def opened_by_subgoals(data, gates):
 
 def success_by_leg(world, data, success):
     """For each colour of the post-training task, the share of the episodes that reach it among
-    those that reached the one before: a list. None where nobody came so far. NOT in paper.
+    those that reached the one before: a list. None where nobody came so far. NOT in paper. A colour
+    that is reached in the horizon's very last step counts only if it is the task's last.
 
     data: Trajectories of N episodes of that task; success (N,) bool.
     """
@@ -125,7 +127,7 @@ def control_loss(base, decoder, obs, action, subgoal, mask):
     """C.3: action NLL (nats per step) when z_t is the one-hot of the true subgoal and the gate is
     always open.
 
-    obs (B, T, K), action, subgoal, mask (B, T). With a frozen base it trains the decoder alone.
+    obs (B, T, K), action, subgoal, mask (B, T). The base is frozen.
     """
     with torch.no_grad():
         e = base.lower(obs)
@@ -169,7 +171,8 @@ def code_outcomes(base, decoder, world, rng, codes=256, layouts=64):
     worlds, none of which it was made for.
 
     Returns the codes (codes, n_z) and outcome (codes, layouts), int: the subgoal that begins with
-    the first colour visited, or S, their number, for "none".
+    the first colour visited, or S, their number, for "none": no colour, or one that begins no
+    subgoal.
     """
     device = base.norm.weight.device
     starts = {subgoal[0]: i for i, subgoal in enumerate(world.subgoals)}
@@ -238,8 +241,8 @@ def transplant(base, meta, world, rng, n):
         transplant: for a random colour, from step .06 T on (30 of the ant's 500, as in the paper);
         unseen: for the second subgoal, when the first is finished, which no demonstration shows.
     Returns a dict: for both, *_with and *_without, the share that visits the code's colour next,
-    with the code and in the same worlds without (other actions are sampled), and *_n, among how
-    many: those still playing then. Without donors a key is absent.
+    with the code and in the same worlds without (other actions are sampled); *_with_n and
+    *_without_n, among how many: those still playing then. Without donors a key is absent.
     """
     device = base.norm.weight.device
     given = donated_codes(base, meta, world, rng, n)
@@ -261,7 +264,7 @@ def transplant(base, meta, world, rng, n):
             data, success, _ = play(base, world, tasks, rng, steer, {"z": codes}, layouts)
             among = playing(data)
             rates[f"{key}_{name}"] = float(success[among].mean()) if among.any() else None
-            rates[f"{key}_n"] = int(among.sum())
+            rates[f"{key}_{name}_n"] = int(among.sum())
         return rates
 
     rates = {}

@@ -134,7 +134,7 @@ GROUPS = {"world": "the world (A.1.2, A.2.2): envs.World",
           "train.discover",
           "rl": "stage 3, both kinds of RL (Table A13): train.rl, train.raw",
           "policy": "stage 3, internal RL: train.rl", "raw": "stage 3, raw-action RL: train.raw",
-          "run": "how to run (no checkpoint depends on these; each seed has its own folder)"}
+          "run": "how to run (of these, only seed and dtype change any weight)"}
 # Which groups a checkpoint depends on: with other values of those it would be another checkpoint.
 _BASE = ("world", "walker", "demonstrations", "base")
 DEPENDS = {"walker": ("walker",), "base": _BASE, "control": (*_BASE, "split", "control"),
@@ -200,7 +200,7 @@ PRESETS = {
     # The paper's gridworld, sizes and rates: A.1, Tables A4, A7, A9, A13, A16. What remains
     # different (initialisers, ramp of alpha, clipping, sorting by length) is marked NOT in paper.
     "grid-paper": Config(),
-    # The ant on a laptop: chosen on seed 0, its gate on seeds 0 to 2.
+    # The ant on a laptop: chosen on seeds 0 to 2.
     "ant-small": Config(
         body="ant", compass=True, G=4, O=4, W=1, T=500, task_set="singles",
         demonstrations=16_000, mixer="hawk", width=96, layers=4, heads=4, hidden=256,
@@ -300,9 +300,10 @@ def check(cfg, preset):
         changed = [f.name for f in fields(cfg) if getattr(cfg, f.name) != getattr(preset, f.name)]
         saved = {name: memory_needed(cfg) - memory_needed(dataclasses.replace(
             cfg, **{name: getattr(preset, name)})) for name in changed}
-        blame = max(saved, key=saved.get) if saved else "preset"
-        raise Refused(f"--{blame} {getattr(cfg, blame, '')} asks for more memory than there is: "
-                      f"at least {memory_needed(cfg) / 2 ** 30:,.0f} GiB of {memory / 2 ** 30:.0f}")
+        worst = max(saved, key=saved.get) if saved else None
+        blame = f"--{worst} {getattr(cfg, worst)}" if saved else "the preset"
+        raise Refused(f"{blame} asks for more memory than there is: at least "
+                      f"{memory_needed(cfg) / 2 ** 30:,.0f} GiB of {memory / 2 ** 30:.0f}")
     try:
         # On the grid, whatever the body: what can't be finished there can't be walked either.
         grid = dataclasses.replace(world_of(cfg), body="point")

@@ -413,8 +413,8 @@ def distances(world, things):
     colour.
 
     A path may enter neither a wall nor any colour but the one it leads to (C.1.1). UNREACHABLE
-    where there is none, and on every forbidden cell, so that for an agent on the colour that it
-    has just visited to bump and stay is no progress.
+    where there is none, and on every forbidden cell, the colour that the agent stands on among
+    them: to bump and stay there is no step of a path.
     """
     G, N = world.G, len(things)
     contents = contents_table(world, things)[:, None]  # (N, 1, C)

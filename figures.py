@@ -432,7 +432,7 @@ def draw_transplant(rows, to):
     for x, (kind, _) in enumerate(kinds):
         for k, (given, colour) in enumerate((("without", "black"), ("with", COLOURS[0]))):
             for j, row in enumerate(row for row in rows if row.get(f"{kind}_{given}") is not None):
-                rate, n = row[f"{kind}_{given}"], row[f"{kind}_n"]
+                rate, n = row[f"{kind}_{given}"], row[f"{kind}_{given}_n"]
                 low, high = wilson(rate, n)
                 place = x + .3 * k + .06 * j
                 axis.errorbar(place, rate, [[rate - low], [high - rate]], fmt="o", color=colour)

@@ -112,12 +112,6 @@ class Grid:
         return data, {"bayes": bayes[mask].mean(), "known": known[mask].mean()}
 
     @staticmethod
-    def thin(batch, G, share):
-        """A batch of episodes cut down to steps that say most, and a share of the others; the
-        grid's are short, and --thin is refused for them."""
-        raise NotImplementedError
-
-    @staticmethod
     def knows(run, base, data, obs, nll, bounds):
         """How good a base is: a dict of metrics. data: Trajectories, obs (N, T, K) the same as a
         tensor; nll and bounds: nats per action."""

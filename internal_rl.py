@@ -11,7 +11,8 @@ Bottom-up:
 
 Paper sections: C.5, D.3; Algorithms 1-3; Eq. 10; Table A13.
 
-Glossary (name -> symbol -> shape; N episodes, M abstract actions, n rows still played, D width)
+Glossary (name -> symbol -> shape; N episodes, M abstract actions, D width; n rows that are kept,
+some of them finished)
   e         e_t,l, which switch and policy see and `steer` changes; in sequences: at the moments at
             which a code was asked for, not changed                    (n, D) or (N, M, D)
   z         the code: the abstract action                              (n, n_z) or (N, M, n_z)

@@ -74,7 +74,7 @@ class Decoder(nn.Module):
         return e + outer.flatten(-2) @ L + inner @ left_bias.view(D, r).T
 
     def matrix(self, z):
-        """U itself, (..., D, D): for tests and for looking at it."""
+        """U itself, (..., D, D): what the tests compare with."""
         flat, D, r = self.net(z), self.width, self.rank  # (..., 2 D r) or (..., D * D)
         if not r:
             return flat.view(*z.shape[:-1], D, D)  # (..., D * D) -> (..., D, D)
@@ -155,16 +155,12 @@ class Metacontroller(nn.Module):
             h = h * (torch.rand(len(h), 1, 1, device=h.device) >= self.forget)
         return mu, logvar, self.switch_in(torch.cat([e, h], dim=-1))
 
-    def gate_logit(self, switch_input, z):
-        """Eq. 16 before the sigmoid: switch_input (B, H_s) from e_t, h_t-1; z (B, n_z) the
-        INTEGRATED code z_t-1 -> (B,)."""
-        return self.switch_out(F.relu(switch_input + self.switch_z(z)))[:, 0].float()
-
     def gate_value(self, switch_input, z):
-        """beta_t (B,); noisy only for a Gumbel gate that is being trained. As gate_logit."""
+        """Eq. 16: switch_input (B, H_s) from e_t, h_t-1; z (B, n_z) the INTEGRATED code z_t-1 ->
+        beta_t (B,); noisy only for a Gumbel gate that is being trained."""
         if self.gate == "forced":
             return torch.ones_like(z[:, 0])  # C.4.1
-        logit = self.gate_logit(switch_input, z)
+        logit = self.switch_out(F.relu(switch_input + self.switch_z(z)))[:, 0].float()
         if self.gate == "gumbel" and self.training:
             uniform = torch.rand_like(logit).clamp(1e-6, 1 - 1e-6)
             logit = logit + torch.log(uniform) - torch.log1p(-uniform)  # logistic noise
@@ -210,12 +206,12 @@ class Metacontroller(nn.Module):
         return beta, self.gru(e[:, None], h[None])[1][0]  # (B, 1, D) -> (1, B, n_h) -> (B, n_h)
 
 
-# ------------------------------------------------------------------- 3. CompILE, a rival (C.4.3)
-
 def kl_to_prior(mu, logvar):
     """KL(N(mu, Sigma) || N(0, I)) in nats, summed over the code: (..., n_z) -> (...). Eq. 8."""
     return .5 * (mu ** 2 + logvar.exp() - 1 - logvar).sum(-1)
 
+
+# ------------------------------------------------------------------- 3. CompILE, a rival (C.4.3)
 
 class CompILE(nn.Module):
     """Kipf et al. 2019, as C.4.3 adapts it: the sequence is cut into at most M segments, each with

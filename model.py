@@ -221,14 +221,14 @@ class RGLRU(nn.Module):
         B, T, W = x.shape
         x = x.float()
         blocks = x.view(B, T, self.heads, -1)  # (B, T, W) -> (B, T, H, W/H)
-        r, i = (torch.einsum("bthi,hij->bthj", blocks, w) + b.squeeze(1)  # (B, T, H, W/H)
-                for w, b in zip(self.w, self.b))
+        r, i = (torch.einsum("bthi,hij->bthj", blocks, w) + bias.squeeze(1)  # (B, T, H, W/H)
+                for w, bias in zip(self.w, self.b))
         # (B, T, H, W/H) -> (B, T, W), twice
         log_a = -8 * F.softplus(self.log_lambda) * torch.sigmoid(r).reshape(B, T, W)
         gain = BoundedSqrt.apply(-torch.expm1(2 * log_a))  # sqrt(1 - a^2), exact also near a = 1
-        b = gain * torch.sigmoid(i).reshape(B, T, W) * x
+        inputs = gain * torch.sigmoid(i).reshape(B, T, W) * x
         recurrence = scan if x.is_cuda else Recurrence.apply
-        return recurrence(log_a.exp(), b, h0)
+        return recurrence(log_a.exp(), inputs, h0)
 
 
 class Hawk(nn.Module):
@@ -275,7 +275,7 @@ class Block(nn.Module):
         self.mlp = mlp(width, hidden)
 
     def forward(self, x, bias=None, cache=None):
-        """x (B, T, D), bias (H, T, T) or None -> (B, T, D). With a cache: goes on from it."""
+        """x (B, T, D), bias as Attention's or None -> (B, T, D). With a cache: goes on from it."""
         x = x + self.mixer(self.norm1(x), bias, cache)
         return x + self.mlp(self.norm2(x))
 

@@ -111,8 +111,10 @@ def thin_steps(cfg, steps):
     return round(cfg.thin * steps)
 
 
-def batches(run, purpose, size, clean, first, last, keep=.1):
+def batches(run, purpose, size, clean, first, last, keep=.1, seed=None):
     """Yield (step, batch) for steps first .. last-1.
+
+    seed: the run's, unless given.
 
     clean: demonstrations of the clean expert (C.4.4). The first share `thin` of the steps gets
     thinned episodes, which keep a share of their further steps that grows to `keep`: a goal is
@@ -123,6 +125,7 @@ def batches(run, purpose, size, clean, first, last, keep=.1):
     ones. The logged NLLs are plain averages over the steps of unsorted test episodes.
     """
     cfg, body = run.cfg, BODIES[run.cfg.body]
+    seed = cfg.seed if seed is None else seed
     draw = body.source(run, clean)
     thin = thin_steps(cfg, last)
     phases = ((cfg.thin_batch, first, thin), (size, max(first, thin), last))
@@ -131,7 +134,7 @@ def batches(run, purpose, size, clean, first, last, keep=.1):
             continue
 
         def drawn(chunk, n=n):  # in a worker, where there are any; n=n: this phase's
-            rng = seed_everything(cfg.seed, purpose, chunk)
+            rng = seed_everything(seed, purpose, chunk)
             data = draw(rng, CHUNK * n)
             # (CHUNK * n,) -> (CHUNK, n)
             by_length = data.length.argsort(kind="stable").reshape(CHUNK, n)
@@ -144,9 +147,9 @@ def batches(run, purpose, size, clean, first, last, keep=.1):
         for chunk, parts in zip(chunks, source):
             for step, data in enumerate(parts, start=chunk * CHUNK):
                 if begin <= step < end:
-                    seed_everything(cfg.seed, purpose, step)
+                    seed_everything(seed, purpose, step)
                     batch = tensors(run, data, pad=run.graphs)
-                    if step < thin:
+                    if step < thin:  # the ant alone
                         batch = body.thin(batch, cfg.G, keep * (step / thin) ** 2)
                     yield step, batch
 
@@ -433,8 +436,8 @@ def discover(run):
     """
     cfg, body, world = run.cfg, BODIES[run.cfg.body], world_of(run.cfg)
     parent = None if cfg.joint and body.expert(run) is None else pretrain(run)
-    luck = dataclasses.replace(cfg, seed=cfg.seed + 1000 * cfg.meta_seed)
-    seed_everything(luck.seed, "init", 2)
+    seed = cfg.seed + 1000 * cfg.meta_seed
+    seed_everything(seed, "init", 2)
     meta = new_metacontroller(run, parent)
     learner, base = meta, parent  # learner: what stage 2 trains
     # C.4.2: from scratch on the grid, from the pretrained base for the ant. C.4.3: from it.
@@ -449,8 +452,8 @@ def discover(run):
 
         def grown(step):
             # NOT in paper: alpha grows from 0. With alpha in full from the start the code is given
-            # up before it carries anything. Meanwhile spliced views give way to the others: on
-            # those a code must be obeyed whatever the past, in these no subgoal is cut in two.
+            # up before it carries anything. Meanwhile spliced views give way to whole and joined
+            # ones: spliced, a code must be obeyed whatever the past; whole, no subgoal is cut.
             return min(1., max(0, step + 1 - cfg.alpha_start) / max(cfg.alpha_ramp, 1))
 
         growth = torch.zeros((), device=run.device)  # a tensor, like the rate in `supervise`
@@ -479,8 +482,8 @@ def discover(run):
         def report(step, loss):
             return discovered(run, base, meta.eval(), data, test, bounds, cfg.alpha * grown(step))
 
-        source = batches(dataclasses.replace(run, cfg=luck), "meta", cfg.meta_batch, True,
-                         training.first, cfg.meta_steps, cfg.keep)
+        source = batches(run, "meta", cfg.meta_batch, True, training.first, cfg.meta_steps,
+                         cfg.keep, seed)
         supervise(run, training, growing(source), cfg.meta_lr, loss_of, report)
     frozen(learner)
     return base, meta
@@ -570,8 +573,8 @@ def raw(run):
 
 def evaluate(run):
     """Success of everything whose training has ended, on the same fresh episodes of the
-    post-training task (an expert: on others of it), and what else is measured by playing. Printed,
-    and written to eval.json (a rival's: eval-forced.json and so on)."""
+    post-training task (the ant's expert: on other ones), and what else is measured by playing.
+    Printed, and written to eval.json (a rival's: eval-forced.json and so on)."""
     run = dataclasses.replace(run, extend=False)
     cfg, world, kind = run.cfg, world_of(run.cfg), suffix(run)
     n, body = cfg.eval_episodes, BODIES[run.cfg.body]
@@ -709,6 +712,8 @@ def parse(argv, complaints=sys.stderr):
     else:  # co-training starts from scratch where an expert needs no training (C.4.2)
         base = ["base"] * (rival != "cotrain" or bool(body.checkpoints))
         run.names = (*body.checkpoints, *base, *own)
+    if rival == "raw":  # `evaluate` ends with the comparison
+        run.names = (*body.checkpoints, *NEEDS["rl"])
     return run, stage, rival, tuple(own) if args["fresh"] else ()
 
 

@@ -205,7 +205,8 @@ def test_transplanted_codes_act_when_they_should_and_are_compared_with_none(monk
     assert rates["transplant_with"] == rates["unseen_with"] == 1.0
     assert abs(rates["transplant_without"] - 0.5) < 0.1 > abs(rates["unseen_without"] - 0.5)
     # Those which end at step 1 are not counted, nor those that never finish the first subgoal.
-    assert rates["transplant_n"] == 450 and rates["unseen_n"] == 150
+    for name in ("with", "without"):
+        assert rates[f"transplant_{name}_n"] == 450 and rates[f"unseen_{name}_n"] == 150
 
 
 def test_an_untrained_decoder_transplants_nothing():

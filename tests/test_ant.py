@@ -843,6 +843,9 @@ def test_every_stage_runs_on_recorded_ants(tmp_path, monkeypatch, capsys):
         (folder / "meta.pt").unlink(missing_ok=True)
         assert train.main([*SHORT, "--stage", "discover", "--out", str(tmp_path)]) == 2
         assert "demonstrations-clean was made with" in capsys.readouterr().err
+    (folder / "demonstrations-clean" / "made.json").write_text(made)
+    line = [*SHORT, "--stage", "discover", "--meta_seed", "1", "--out", str(tmp_path)]
+    assert train.main(line) == 0  # the same demonstrations serve every metacontroller
 
 
 @pytest.mark.parametrize(

@@ -104,10 +104,7 @@ def test_gate_when_acting_equals_the_gate_in_training():
     T = e.shape[1]
     beta = torch.stack(
         [torch.ones(len(e))]
-        + [
-            torch.sigmoid(meta.gate_logit(switch_input[:, t], env.codes[:, t - 1]))
-            for t in range(1, T)
-        ],
+        + [meta.gate_value(switch_input[:, t], env.codes[:, t - 1]) for t in range(1, T)],
         1,
     )
     mask = torch.from_numpy(data.mask())

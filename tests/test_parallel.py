@@ -123,7 +123,8 @@ def test_nothing_of_gloo_outlives_the_group(tmp_path):
         "torch.optim.AdamW([torch.zeros(1)]).step()\n"
         "parallel.wait()\n"
         "parallel.leave()\n"
-        "tasks = [open(f'/proc/self/task/{t}/comm').read() for t in os.listdir('/proc/self/task')]\n"
+        "tasks = '/proc/self/task'\n"
+        "tasks = [open(f'{tasks}/{t}/comm').read() for t in os.listdir(tasks)]\n"
         "assert not any('gloo' in task for task in tasks), tasks\n"
     )
     done = subprocess.run([*TORCHRUN, str(script)], capture_output=True, text=True, timeout=100)

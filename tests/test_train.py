@@ -338,6 +338,10 @@ def test_finished_rl_can_be_extended_and_equals_a_longer_run(finished, tmp_path)
     (tmp_path / "once" / "smoke" / "seed0" / "raw.pt").unlink()
     assert train.main([*line, str(tmp_path / "once")]) == 0
     assert same(weights(tmp_path / "runs", "raw"), weights(tmp_path / "once", "raw"))
+    # What the comparison at its end would refuse is refused at once.
+    before = (folder / "raw.pt").stat().st_mtime_ns
+    again = [*line, str(tmp_path / "runs"), "--rl_updates", "16", "--alpha", ".5"]
+    assert train.main(again) == 2 and (folder / "raw.pt").stat().st_mtime_ns == before
 
 
 def edited(path, **changes):
