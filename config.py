@@ -134,7 +134,7 @@ GROUPS = {"world": "the world (A.1.2, A.2.2): envs.World",
           "train.discover",
           "rl": "stage 3, both kinds of RL (Table A13): train.rl, train.raw",
           "policy": "stage 3, internal RL: train.rl", "raw": "stage 3, raw-action RL: train.raw",
-          "run": "how to run (of these, only seed and dtype change any weight)"}
+          "run": "how to run (a checkpoint asks for its seed, and for none of the others)"}
 # Which groups a checkpoint depends on: with other values of those it would be another checkpoint.
 _BASE = ("world", "walker", "demonstrations", "base")
 DEPENDS = {"walker": ("walker",), "base": _BASE, "control": (*_BASE, "split", "control"),
@@ -174,7 +174,7 @@ PRESETS = {
         alpha_start=3000, alpha_ramp=1500, segment_rate=3,
         rl_updates=200, rl_batch=512, rl_lr=1e-3, std_lr=1e-2, raw_lr=3e-4, rl_epochs=2,
         evaluations=10),
-    # Subgoals of two colours, in an hour: three pairs on the board of grid-small. alpha is large
+    # Subgoals of two colours, in 90 minutes: three pairs on the board of grid-small. alpha is large
     # enough that a gate which opens inside a pair does not pay. Spliced views make codes form,
     # joined ones, which take their place as alpha grows, keep them obeyed.
     "grid-trio": Config(

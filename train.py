@@ -114,8 +114,7 @@ def thin_steps(cfg, steps):
 def batches(run, purpose, size, clean, first, last, keep=.1, seed=None):
     """Yield (step, batch) for steps first .. last-1.
 
-    seed: the run's, unless given.
-
+    seed: of the batches; None: the run's.
     clean: demonstrations of the clean expert (C.4.4). The first share `thin` of the steps gets
     thinned episodes, which keep a share of their further steps that grows to `keep`: a goal is
     found out the sooner, the fewer steps it has to be remembered for.
@@ -709,11 +708,11 @@ def parse(argv, complaints=sys.stderr):
     if rival == "none":
         own = [*body.checkpoints, *own]
         run.names = tuple(own)
+    elif rival == "raw":  # `evaluate` ends with the comparison of all
+        run.names = (*body.checkpoints, *NEEDS[stage])
     else:  # co-training starts from scratch where an expert needs no training (C.4.2)
         base = ["base"] * (rival != "cotrain" or bool(body.checkpoints))
         run.names = (*body.checkpoints, *base, *own)
-    if rival == "raw":  # `evaluate` ends with the comparison
-        run.names = (*body.checkpoints, *NEEDS["rl"])
     return run, stage, rival, tuple(own) if args["fresh"] else ()
 
 
