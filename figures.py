@@ -303,20 +303,22 @@ def draw_rate(rows, to):
         for row in own:
             axes[0].plot(row["kl"], row["nll"], "o", color=colour, ms=5,
                          mfc=colour if row["aligned"] else "white")
-        for x, y, alpha in zip(kl, nll, alphas):
-            axes[0].annotate(f"{alpha:g}", (x, y), fontsize=7, xytext=(4, 4),
+        for k, (x, y, alpha) in enumerate(zip(kl, nll, alphas)):
+            axes[0].annotate(f"{alpha:g}", (x, y), fontsize=7, xytext=(5, -9 if k % 2 else 3),
                              textcoords="offset points", color=colour)
         median_line(axes[1], alphas, by_seed(own, "alpha", "switches"), colour)
         ends.append((switches[-1], text, colour))
-    axes[0].set(xlabel="KL, nats per step", ylabel="action NLL, nats per step", xscale="symlog",
+    axes[0].set(xlabel="KL, nats per step", ylabel="action NLL, nats per step",
                 title="filled: the gate finds the subgoals (F1 > .9)")
     true = np.median([row["true_switches"] for row in rows])
     axes[1].axhline(true, color="black", ls=":", lw=1)
-    axes[1].annotate("changes of subgoal", (min(alphas), true), fontsize=8, va="bottom")
+    axes[1].annotate("changes of subgoal", (min(alphas), true), fontsize=8, xytext=(0, -14),
+                     textcoords="offset points")
     axes[1].set(xlabel="alpha", ylabel="openings of the gate per episode", xscale="log")
     label_ends(axes[1], ends, .06)
     count = len({(row["seed"], row["meta_seed"]) for row in rows})
-    axes[1].set_title(f"{count} metacontrollers on {measured_on(rows)}", fontsize=10)
+    many = f"{count} metacontroller" + "s" * (count > 1)
+    axes[1].set_title(f"{many} in each arm, on {measured_on(rows)}", fontsize=10)
     figure.subplots_adjust(wspace=.3)
     save(figure, to / "rate.png")
 
