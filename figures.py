@@ -278,15 +278,16 @@ def draw_ablations(rows, to):
     """Fig. A2: C.3 success against what the base was trained with; at equal distances."""
     labels = {"base_steps": "steps of base training", "base_wd": "weight decay",
               "lam": "weight of the observation loss", "eps": "random actions of the expert"}
-    figure, axes = plt.subplots(1, len(labels), figsize=(13, 3.2), sharey=True)
-    for axis, (field, label) in zip(axes, labels.items()):
+    measured = [field for field in labels if any(row["field"] == field for row in rows)]
+    figure, axes = plt.subplots(1, len(measured), figsize=(13, 3.2), sharey=True, squeeze=False)
+    for axis, field in zip(axes[0], measured):
         own = [row for row in rows if row["field"] == field]
         values = sorted({row["value"] for row in own})
         median_line(axis, range(len(values)), by_seed(own, "value", "success"), COLOURS[0])
         axis.set_xticks(range(len(values)), [f"{value:,g}" for value in values])
-        axis.set(xlabel=label, ylim=(0, 1))
-    axes[0].set_ylabel("C.3 success, post-training task")
-    axes[0].set_title(measured_on(rows), fontsize=10, loc="left")
+        axis.set(xlabel=labels[field], ylim=(0, 1))
+    axes[0, 0].set_ylabel("C.3 success, post-training task")
+    axes[0, 0].set_title(measured_on(rows), fontsize=10, loc="left")
     save(figure, to / "ablations.png")
 
 
