@@ -4,7 +4,8 @@ As a program, `python analysis.py WHAT`, it runs the paper's analyses: experimen
   1. the gate         scores against true switches, what the KL pays, openings at arrivals; and
                       success by leg and by subgoals
   2. true subgoals    controllers of the TRUE subgoals (C.3): their loss and their success
-  3. codes            where a code leads: code identity, code transplant (B.3.2)
+  3. codes            where a code leads: code identity, code transplant (B.3.2); what it may be
+                      exchanged for
 
 Paper sections: C.3, C.6 (switches counted at beta > .5), B.3.2; Fig. 6.
 Glossary: as in envs.py (worlds), metacontroller.py (beta, z) and internal_rl.py (steer).
@@ -277,6 +278,38 @@ def transplant(base, meta, world, rng, n):
         rates |= compared("unseen", tasks, lambda worlds: worlds.progress >= first,
                           lambda data: (data.progress * data.mask()).max(1) >= first)
     return rates
+
+
+def way_to_target(world, data):
+    """(N, T): how many rows and columns lie between the agent and the colour that it heads for, in
+    either order, as one number: what of the way is the same however the board is turned. data:
+    Trajectories on the grid."""
+    target = np.take_along_axis(data.things, data.target, 1)  # (N, T) cells
+    here = data.agent[:, :-1]  # (N, T)
+    rows, columns = (abs(x - y) for x, y in zip(divmod(target, world.G), divmod(here, world.G)))
+    return np.maximum(rows, columns) * world.G + np.minimum(rows, columns)
+
+
+@torch.no_grad()
+def exchanged_nll(base, decoder, batch, z, like, rng):
+    """What does a code act as? What it may be exchanged for. NOT in paper. Action NLL, nats per
+    step, when each step is steered by the code of another one that is like it: drawn, with
+    replacement, from the steps of all episodes with the same label.
+
+    batch: obs (B, T+1, K), action, mask (B, T); z (B, T, n_z); like (B, T), whole numbers. Codes
+    that name subgoals and nothing else may be exchanged for any of the same subgoal.
+    """
+    mask = batch["mask"].cpu().numpy()
+    labels = like[mask]  # (steps,), as below
+    drawn = np.empty(len(labels), int)
+    for label in np.unique(labels):
+        alike = np.flatnonzero(labels == label)
+        drawn[alike] = rng.choice(alike, len(alike))
+    given = z.clone()
+    given[batch["mask"]] = z[batch["mask"]][torch.from_numpy(drawn).to(z.device)]
+    e = decoder(base.lower(batch["obs"][:, :-1]), given)
+    nll = action_nll(base.action_logits(e), batch["action"])
+    return masked_mean(nll, batch["mask"]).item()
 
 
 if __name__ == "__main__":  # the experiments need train.py, which needs this file

@@ -11,6 +11,7 @@
   codes    what a code means: where codes lead, and one of them on six boards
   transplant  B.3.2: do codes that led to a colour lead to it elsewhere, and where demonstrations
            never go
+  exchange what codes act as: what each may be exchanged for
 
 Each is a table of cells; a cell is a line of runs/<preset>/seed<k>/<WHAT>.jsonl. What is there is
 not measured again, so an interrupted experiment goes on at the cell that it was in, and within it
@@ -37,15 +38,18 @@ from analysis import (
     code_identity,
     code_outcomes,
     control_success,
+    exchanged_nll,
     gate_scores,
     opened_by_subgoals,
     outcome_counts,
     steer_by_code,
     transplant,
+    way_to_target,
 )
 from envs import exact_bounds, sample_layouts
 from internal_rl import internal_episodes, play
 from metacontroller import BETA_THRESHOLD
+from model import action_nll, masked_mean
 
 # ---------------------------------------------------------------------------------------- 1. cells
 
@@ -374,10 +378,41 @@ def transplanted(run, n=2000):
     measured(run, "transplant", [{}], measure)
 
 
+def exchange(run):
+    """What do codes act as, names of subgoals or directions? NOT in paper. One row of NLLs, in nats
+    per step, on test demonstrations (analysis.exchanged_nll): own, with mean proposals; alone, with
+    no code; and with the code of another step: any; same_part, one at which as many colours of the
+    subgoal are done; same_subgoal and same_way, of these one of the same subgoal, or as far away
+    from the next colour; same_all, both."""
+    world = config.world_of(run.cfg)
+    base, meta = train.discover(run)
+
+    def measure():
+        rng = runs.seed_everything(runs.EVAL_SEED, "eval", 13)
+        data, z, _ = encoded(run, base, meta, torch.zeros)
+        batch = train.tensors(run, data)
+        colours = np.array([[world.subgoals[s].index(c) if c in world.subgoals[s] else 0
+                             for s, c in zip(*steps)] for steps in zip(data.subgoal, data.target)])
+        way, n = way_to_target(world, data), world.cells
+        labels = {"any": 0 * colours, "same_part": colours,
+                  "same_subgoal": colours * n + data.subgoal, "same_way": colours * n + way,
+                  "same_all": (colours * n + way) * n + data.subgoal}
+        row = {name: exchanged_nll(base, meta.decoder, batch, z, like, rng)
+               for name, like in labels.items()}
+        with torch.no_grad():
+            e = base.lower(batch["obs"][:, :-1])
+            for name, steered in (("own", meta.decoder(e, z)), ("alone", e)):
+                nll = action_nll(base.action_logits(steered), batch["action"])
+                row[name] = masked_mean(nll, batch["mask"]).item()
+        return row
+
+    measured(run, "exchange", [{}], measure)
+
+
 # ---------------------------------------------------------------------------------- 7. command line
 
 EXPERIMENTS = {"probe": probe, "layers": layers, "ablate": ablate, "rate": rate, "rivals": rivals,
-               "gates": gates, "codes": codes, "transplant": transplanted}
+               "gates": gates, "codes": codes, "transplant": transplanted, "exchange": exchange}
 FOR_ANY_BODY = ("gates", "transplant")
 
 

@@ -15,6 +15,7 @@ from analysis import (
     code_outcomes,
     control_loss,
     control_success,
+    exchanged_nll,
     gate_scores,
     kl_by_gate,
     opened_at_arrivals,
@@ -23,6 +24,7 @@ from analysis import (
     success_by_leg,
     success_by_subgoals,
     transplant,
+    way_to_target,
 )
 from envs import (
     Trajectories,
@@ -277,3 +279,34 @@ def test_success_by_leg_multiplies_to_success():
     errands = World(G=5, O=5, W=0, T=18, task_set="errands", post="0-4-1-4-2")
     found = success_by_subgoals(errands, data, success)
     assert found == pytest.approx(np.cumprod(legs)[[1, 3, 4]])
+
+
+def test_the_way_is_the_same_on_every_turn_of_a_board():
+    # A 3 x 3 board: the colour lies in a corner, in the next corner, and one step away.
+    data = SimpleNamespace(things=np.array([[8, 2, 1]]), agent=np.array([[0, 0, 0, 0]]),
+                           target=np.array([[0, 1, 2]]))
+    ways = way_to_target(SimpleNamespace(G=3), data)
+    assert ways.tolist() == [[2 * 3 + 2, 2 * 3 + 0, 1 * 3 + 0]]
+    turned = SimpleNamespace(things=np.array([[0, 6, 7]]), agent=np.array([[8, 8, 8, 8]]),
+                             target=data.target)
+    assert way_to_target(SimpleNamespace(G=3), turned).tolist() == ways.tolist()
+
+
+def test_codes_that_name_subgoals_may_be_exchanged_for_their_like_and_no_others():
+    base, data = frozen_base(), batch()
+    torch.manual_seed(0)
+    decoder = Decoder(4, 32, 4)
+    torch.nn.init.normal_(decoder.net[2].weight, std=.3)
+    z = torch.eye(4)[data["subgoal"]]  # (B, T, 4)
+    z[~data["mask"]] = 99.  # must never be given: steps that do not exist
+    subgoal, nothing = data["subgoal"].numpy(), np.zeros(data["mask"].shape, int)
+    e = decoder(base.lower(data["obs"][:, :-1]), z)
+    nll = action_nll(base.action_logits(e), data["action"])
+    own = nll[data["mask"]].mean().item()
+
+    def exchanged(like):
+        return exchanged_nll(base, decoder, data, z, like, rng())
+    assert exchanged(subgoal) == pytest.approx(own, abs=1e-5)
+    assert exchanged(nothing) > own + .01
+    # A label of its own for each step: nobody else to take a code from.
+    assert exchanged(np.arange(z[..., 0].numel()).reshape(nothing.shape)) == pytest.approx(own)

@@ -28,6 +28,7 @@ def run(tmp_path_factory):
     experiments.gates(one, n=50)
     experiments.codes(one)
     experiments.transplanted(one, n=100)
+    experiments.exchange(one)
     return one
 
 
@@ -86,6 +87,14 @@ def test_what_the_gates_figure_shows_is_what_happened(run):
             assert set(changes) <= set(arrivals)
             assert all(arrivals[t] == subgoal[t - 1] for t in changes)
         assert row["opens_inside"] is None and 0 <= row["opens_subgoal_end"] <= 1
+
+
+def test_a_code_acts_as_what_its_like_may_replace(run):
+    """With the code of the step itself nothing changes, and alone is the base."""
+    (row,) = runs.read_log(run.folder, "exchange")
+    base = runs.read_log(run.folder, "base")[-1]["nll"]
+    assert row["alone"] == pytest.approx(base, abs=.05)  # on other demonstrations
+    assert {"own", "any", "same_part", "same_subgoal", "same_way", "same_all"} < set(row)
 
 
 def test_codes_are_grouped_in_one_half_of_the_worlds_and_looked_at_in_the_other(
