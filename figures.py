@@ -85,6 +85,12 @@ def draw_curves(folders, to):
     save(figure, to / "curves.png")
 
 
+def wilson(rate, n, z=1.96):
+    """Wilson's interval of 95% for a share of n: (low, high)."""
+    middle, half = rate + z * z / 2 / n, z * (rate * (1 - rate) / n + z * z / 4 / n / n) ** .5
+    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
+
 def seeds_of(seeds):
     return f"{len(seeds)} seed" + "s" * (len(seeds) > 1)
 
@@ -114,26 +120,31 @@ def draw_success(seeds, to):
             axis.plot(x, y, color=colour, marker=".", lw=1.2, clip_on=False)
         end = np.median([y[-1] for _, y in lines])
         ends.append((end, f"{label}\n({seeds_of(curves)})", colour))
-    for axis, scale in zip(axes, ("linear", "symlog")):
-        axis.set(xlabel="episodes", ylim=(0, 1))
+    for axis in axes[:2]:
+        axis.set(xlabel="episodes")
         axis.ticklabel_format(axis="x", style="sci", scilimits=(3, 3))
-        if scale == "symlog":  # linear below 1e-3, so that 0 is at 0
-            axis.set_yscale(scale, linthresh=1e-3)
-            axis.set_yticks([0, 1e-3, 1e-2, 1e-1, 1], ["0", "0.001", "0.01", "0.1", "1"])
+    for axis in axes[1:]:  # linear below 1e-3, so that 0 is at 0
+        axis.set_yscale("symlog", linthresh=1e-3)
+        axis.set_yticks([0, 1e-3, 1e-2, 1e-1, 1], ["0", "0.001", "0.01", "0.1", "1"])
+    for axis in axes:
+        axis.set_ylim(0, 1)
     axes[0].set(ylabel="success, post-training task")
     label_ends(axes[0], ends, .12)
     shown = 0
     for key, (label, colour) in zip(("rl_success", "forced_success", "cotrain_success",
                                      "compile_success", "raw_success"),
                                     zip(METHODS.values(), COLOURS)):
-        values = [seed[key] for seed in seeds if seed.get(key) is not None]
-        if values:
-            axes[2].plot([shown] * len(values), values, "o", color=colour, alpha=.6, clip_on=False)
+        ran = [seed for seed in seeds if seed.get(key) is not None]
+        for k, seed in enumerate(ran):
+            low, high = wilson(seed[key], seed["eval_episodes"])
+            axes[2].plot([shown + .1 * k] * 2, [low, high], color=colour, lw=1.2)
+            axes[2].plot(shown + .1 * k, seed[key], "o", color=colour, ms=4, clip_on=False)
+        if ran:
             words = label.replace("-action", "").replace("co-", "co-\n").replace(" ", "\n")
-            axes[2].text(shown, -.04, f"{words}\n{seeds_of(values)}", color=colour, fontsize=7,
-                         ha="center", va="top")
+            axes[2].text(shown, -.04, f"{words}\n{seeds_of(ran)}", color=colour, fontsize=7,
+                         ha="center", va="top", transform=axes[2].get_xaxis_transform())
             shown += 1
-    axes[2].set(title="at the end, every seed", ylim=(0, 1), xlim=(-.6, shown - .4), xticks=[])
+    axes[2].set(title="at the end, every seed, 95% intervals", xlim=(-.6, shown - .4), xticks=[])
     figure.subplots_adjust(wspace=.8)
     save(figure, to / "success.png")
 
@@ -445,12 +456,6 @@ def draw_transplant(rows, to):
     for x, (_, text) in enumerate(kinds):
         axis.text(x + .15, .97, text, ha="center", va="top", fontsize=9)
     save(figure, to / "transplant.png")
-
-
-def wilson(rate, n, z=1.96):
-    """Wilson's interval of 95% for a share of n: (low, high)."""
-    middle, half = rate + z * z / 2 / n, z * (rate * (1 - rate) / n + z * z / 4 / n / n) ** .5
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
 
 DRAWN = {"probe": draw_probes, "layers": draw_layers, "ablate": draw_ablations,

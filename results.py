@@ -36,8 +36,9 @@ def seed_results(folder):
     """The numbers of one seed, for results.json. None where something has not been run.
 
     bayes_gap_closed, switch_f1 (exact step), switch_f1_1 (+-1), switch_f1_5, undecided (gates),
-    code_none: shares. code_identity: share of ln S. *_success: share of fresh episodes of the
-    post-training task; rl_success_normalised: divided by the ant's expert's. nll: of the base, nats
+    code_none: shares. code_identity: share of ln S. *_success: share of eval_episodes (blind: 20
+    times as many) fresh episodes of the post-training task; rl_success_normalised: divided by the
+    ant's expert's. nll: of the base, nats
     per action; right_turns*: see ant.right_turns. gate_*: see analysis.opened_at_arrivals.
     *_curve: lists of [episodes, success]. layer: the controlled one, of so many layers.
     control_success_by_leg, success_by_subgoals, opens_*: see analysis.py.
@@ -72,6 +73,8 @@ def seed_results(folder):
     seconds = sum(made) + sum(line.get("seconds", 0) for line in last.values())
     numbers = {
         "seed": int(folder.name.removeprefix("seed")),
+        "eval_episodes": plain.get("eval_episodes",
+                                   train.PRESETS[folder.parent.name].eval_episodes),
         "bayes_gap_closed": base.get("gap_closed"), "expert_success": expert,
         "nll": base.get("nll"),
         **{key: base.get(key) for key in ("right_turns", "right_turns_bayes", "right_turns_blind")},

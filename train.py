@@ -630,7 +630,7 @@ def evaluate(run):
     if curve:
         print("internal RL finishes the first 1, 2, .. subgoals in "
               + " ".join(f"{share:.3f}" for share in curve))
-    rates = {key: float(rate) for key, (_, rate) in rows.items()}
+    rates = {"eval_episodes": n} | {key: float(rate) for key, (_, rate) in rows.items()}
     rates |= {"success_by_subgoals": curve} if curve else {}
     write_atomically(run.folder / f"eval{kind}.json", json.dumps(rates).encode())
 

@@ -229,3 +229,9 @@ def test_the_figures_are_drawn_from_the_results_alone(run, tmp_path, monkeypatch
     monkeypatch.setattr(figures, "ASSETS", tmp_path)  # results.json, and no runs
     line = ["--preset", "smoke", "--out", str(tmp_path / "none"), "--to", str(tmp_path)]
     assert figures.main(line) == 0 and all(path.exists() for path in drawn)
+
+
+def test_wilsons_interval_of_none_and_of_half():
+    """As tabulated: it says something about zeros, where the normal interval is empty."""
+    assert figures.wilson(0., 2000) == pytest.approx((0, .00192), abs=1e-5)
+    assert figures.wilson(.5, 100) == pytest.approx((.4038, .5962), abs=1e-4)
