@@ -252,7 +252,7 @@ def rivals(run):
     frozen base is another one, of single demonstrations; base_join does not reach the co-trained
     one); rl_curve, a list of [episodes, success]; success, its end; of stage 2 nll, f1,
     code_identity (share of ln S)."""
-    plain = {"base_join": 0., "symmetric": False, "splice": 0., "join": 0.}
+    plain = {"base_join": 0., "symmetric": False, "splice": 0., "hold": 0., "join": 0.}
 
     def measure(arm, views):
         one = arm_of(run, arm) if views else variant(run, **plain, **arms(run.cfg)[arm])

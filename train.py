@@ -155,9 +155,9 @@ def batches(run, purpose, size, clean, first, last, keep=.1, seed=None):
 
 # ------------------------------------------------------------------------ 2. views: what is steered
 
-def view_of(batch, world, symmetric, splice, join):
+def view_of(batch, world, symmetric, splice, join, hold=0.):
     """Another view of a batch's episodes, for the controllers to steer, or for the base to be
-    trained on; None if no such help is asked for. NOT in paper; three helps (what each buys:
+    trained on; None if no such help is asked for. NOT in paper; four helps (what each buys:
     docs/notes.md):
 
     symmetric: each view is turned or reflected its own way, and so is a past that comes from
@@ -172,6 +172,9 @@ def view_of(batch, world, symmetric, splice, join):
         join: the whole other, its arrival included, and then this episode from its beginning: no
         subgoal is cut, which would leave open how much of it is done. The arrival itself is steered
         by the code of what comes next, and not scored, as no action belongs to it.
+    hold: a share `hold` of the steps give no code: they are steered by that of the last step before
+        that does (the first always does). How many cells away the next colour lies is soon wrong;
+        which colours are wanted remains true for longer.
 
     A view b of 8 steps, cut at 3 and spliced with the end of episode 5, which has 7 steps:
         row   5 5 5 b b b b b        step  4 5 6 3 4 5 6 7        mask  1 1 1 1 1 1 1 1
@@ -183,8 +186,9 @@ def view_of(batch, world, symmetric, splice, join):
     step (B, T'): step t of view b is step step[b, t] of episode row[b, t] (at an arrival: is
     steered by that step's code); and mask (B, T'), the steps to be scored. T' = T without join.
     """
-    # A splice that changes from step to step is a tensor, whose value a CUDA graph can't ask for.
-    if not (symmetric or join) and isinstance(splice, float) and not splice:
+    # What changes from step to step is a tensor, whose value a CUDA graph can't ask for.
+    constant = isinstance(splice, float) and isinstance(hold, float)
+    if constant and not (symmetric or splice or join or hold):
         return None
     obs, mask, body = batch["obs"], batch["mask"], BODIES[world.body]
     length = mask.sum(1, keepdim=True)  # (B, 1)
@@ -217,6 +221,8 @@ def view_of(batch, world, symmetric, splice, join):
     row = torch.where(arrival, rows, seen_row)
     step = torch.where(arrival, 0, seen_step).clamp(max=mask.shape[1] - 1)
     seen, action = body.turned(world, g, seen, batch["action"][row, step])
+    gives = torch.rand(mask.shape, device=device) >= hold  # (B, T)
+    step = torch.where(gives, t[:mask.shape[1]], 0).cummax(1).values[row, step]  # (B, T'+1)
     steps = {"action": action, "row": row, "step": step, "mask": (t < ends) & ~arrival}
     # Nothing is done at the last observation.
     return {"obs": seen} | {name: x[:, :-1] for name, x in steps.items()}
@@ -453,6 +459,8 @@ def discover(run):
             # NOT in paper: alpha grows from 0. With alpha in full from the start the code is given
             # up before it carries anything. Meanwhile spliced views give way to whole and joined
             # ones: spliced, a code must be obeyed whatever the past; whole, no subgoal is cut.
+            # Codes are held while alpha is 0: held across the end of a subgoal, they would say
+            # what comes after it, too, and the gate would open before.
             return min(1., max(0, step + 1 - cfg.alpha_start) / max(cfg.alpha_ramp, 1))
 
         growth = torch.zeros((), device=run.device)  # a tensor, like the rate in `supervise`
@@ -468,7 +476,8 @@ def discover(run):
             B, T = batch["mask"].shape
             noise = torch.randn(cfg.T, B, cfg.n_z, device=run.device)[:T].transpose(0, 1)
             splice = cfg.splice * (1 - growth) if cfg.splice else 0.
-            view = view_of(batch, world, cfg.symmetric, splice, cfg.join)
+            hold = cfg.hold * (growth == 0) if cfg.hold else 0.
+            view = view_of(batch, world, cfg.symmetric, splice, cfg.join, hold)
             mine, mine_of_view = parallel.own(batch | {"noise": noise}), view and parallel.own(view)
             parallel.own_luck()
             terms = discovery_terms(base, meta.train(), mine["obs"], mine["action"], mine["mask"],
@@ -670,7 +679,7 @@ def parse(argv, complaints=sys.stderr):
     parser = Parser("train.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--stage", choices=STAGES, default="rl")
     parser.add_argument("--preset", choices=PRESETS, default="grid-small",
-                        help="smoke: seconds; grid-small, grid-trio (subgoals of two colours), "
+                        help="smoke: seconds; grid-small, grid-quad (subgoals of two colours), "
                         "ant-small: a laptop; grid-pairs: the paper's grid, a small network, not "
                         "finished; grid-paper, ant-paper: the paper's sizes, one GPU [grid-small]")
     parser.add_argument("--rival", choices=RIVALS, default="none",

@@ -771,6 +771,29 @@ def test_a_joined_view_is_another_whole_demonstration_and_then_the_episode():
     assert 80 < joined < 120
 
 
+def test_a_held_code_is_that_of_the_last_step_that_gives_one():
+    data, (free, held) = batch(200), (0.0, 0.75)
+    views = []
+    for hold in (free, held):
+        torch.manual_seed(0)
+        views.append(view_of(data, WORLD, symmetric=True, splice=0.5, join=0.5, hold=hold))
+    free, held = views
+    for name in ("obs", "action", "row", "mask"):  # what is seen and done is the step's own
+        assert torch.equal(free[name], held[name])
+    scored = free["mask"]
+    assert (held["step"] <= free["step"])[scored].all()
+    later = scored & (free["step"] > 0)
+    assert 0.72 < (held["step"] < free["step"])[later].float().mean() < 0.78
+    # Between the step that gave the code and the one that it steers, no other gives one.
+    given = [dict() for _ in range(200)]  # of each episode: step -> the one whose code it gets
+    for row, step, giver in zip(*(x[scored].tolist() for x in
+                                  (free["row"], free["step"], held["step"]))):
+        assert given[row].setdefault(step, giver) == giver
+    for steps in given:
+        assert all(steps.get(giver, giver) == giver for giver in steps.values())
+        assert all(steps[a] <= steps[b] for a in steps for b in steps if a < b)
+
+
 def test_the_base_learns_from_joined_demonstrations(tmp_path, monkeypatch):
     views = []
     monkeypatch.setattr(train, "view_of", lambda *given: views.append(view_of(*given)) or views[-1])
