@@ -183,7 +183,7 @@ PRESETS = {
         width=128, layers=4, heads=4, hidden=256, relative=True, lam=.1, warmup=100, decay=.5,
         base_steps=6000, base_batch=64, base_lr=3e-3, base_join=.5,
         layer=2, symmetric=True, join=.5, control_steps=2000, control_batch=128, control_lr=3e-3,
-        decoder_hidden=64, splice=1., hold=.75, meta_steps=5000, meta_batch=128, meta_lr=1.5e-3,
+        decoder_hidden=64, splice=1., hold=.75, meta_steps=6000, meta_batch=128, meta_lr=1.5e-3,
         alpha=.3, alpha_start=3000, alpha_ramp=1500, segment_rate=7,
         rl_updates=1000, rl_batch=512, rl_lr=1e-3, std_lr=1e-2, raw_lr=3e-4, rl_epochs=2,
         evaluations=10),
