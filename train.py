@@ -459,8 +459,8 @@ def discover(run):
             # NOT in paper: alpha grows from 0. With alpha in full from the start the code is given
             # up before it carries anything. Meanwhile spliced views give way to whole and joined
             # ones: spliced, a code must be obeyed whatever the past; whole, no subgoal is cut.
-            # Codes are held while alpha is 0: held across the end of a subgoal, they would say
-            # what comes after it, too, and the gate would open before.
+            # Codes are held while alpha is 0 alone: one that steers across the end of its subgoal
+            # is hardly obeyed.
             return min(1., max(0, step + 1 - cfg.alpha_start) / max(cfg.alpha_ramp, 1))
 
         growth = torch.zeros((), device=run.device)  # a tensor, like the rate in `supervise`
@@ -679,9 +679,10 @@ def parse(argv, complaints=sys.stderr):
     parser = Parser("train.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--stage", choices=STAGES, default="rl")
     parser.add_argument("--preset", choices=PRESETS, default="grid-small",
-                        help="smoke: seconds; grid-small, grid-quad (subgoals of two colours), "
-                        "ant-small: a laptop; grid-pairs: the paper's grid, a small network, not "
-                        "finished; grid-paper, ant-paper: the paper's sizes, one GPU [grid-small]")
+                        help="smoke: seconds; grid-small, grid-trio and grid-quad (subgoals of two "
+                        "colours), ant-small: a laptop; grid-pairs: the paper's grid, a small "
+                        "network, not finished; grid-paper, ant-paper: the paper's sizes, one GPU "
+                        "[grid-small]")
     parser.add_argument("--rival", choices=RIVALS, default="none",
                         help="raw: raw-action RL alone; forced: beta = 1 from stage 2 on; "
                         "cotrain: base and metacontroller trained together; compile: CompILE")
