@@ -197,7 +197,7 @@ PRESETS = {
         layer=2, symmetric=True, join=.5, control_steps=2000, control_batch=128, control_lr=3e-3,
         decoder_hidden=64, splice=1., hold=.75, meta_steps=6000, meta_batch=128, meta_lr=1.5e-3,
         alpha=.3, alpha_start=3000, alpha_ramp=1500, segment_rate=7,
-        rl_updates=1000, rl_batch=512, rl_lr=1e-3, std_lr=1e-2, raw_lr=3e-4, rl_epochs=2,
+        rl_updates=600, rl_batch=512, rl_lr=1e-3, std_lr=1e-2, raw_lr=3e-4, rl_epochs=2,
         evaluations=10),
     # The paper's own world, A.1 exactly, with a small network and control at mid-depth. Stage 1 and
     # C.3 are measured, and the base shipped; stages 2 and 3 are a first guess and do not work yet
