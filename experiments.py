@@ -49,7 +49,7 @@ from analysis import (
 from envs import exact_bounds, sample_layouts
 from internal_rl import internal_episodes, play
 from metacontroller import BETA_THRESHOLD
-from model import action_nll, masked_mean
+from model import pretraining_loss
 
 # ---------------------------------------------------------------------------------------- 1. cells
 
@@ -391,20 +391,19 @@ def exchange(run):
         rng = runs.seed_everything(runs.EVAL_SEED, "eval", 13)
         data, z, _ = encoded(run, base, meta, torch.zeros)
         batch = train.tensors(run, data)
-        colours = np.array([[world.subgoals[s].index(c) if c in world.subgoals[s] else 0
-                             for s, c in zip(*steps)] for steps in zip(data.subgoal, data.target)])
+        place = np.zeros((len(world.subgoals), world.O), int)  # of a colour in a subgoal
+        for k, subgoal in enumerate(world.subgoals):
+            place[k, list(subgoal)] = range(len(subgoal))
+        part = place[data.subgoal, data.target]  # (N, T)
         way, n = way_to_target(world, data), world.cells
-        labels = {"any": 0 * colours, "same_part": colours,
-                  "same_subgoal": colours * n + data.subgoal, "same_way": colours * n + way,
-                  "same_all": (colours * n + way) * n + data.subgoal}
+        labels = {"any": 0 * part, "same_part": part, "same_subgoal": part * n + data.subgoal,
+                  "same_way": part * n + way, "same_all": (part * n + way) * n + data.subgoal,
+                  "own": np.arange(part.size).reshape(part.shape)}
         row = {name: exchanged_nll(base, meta.decoder, batch, z, like, rng)
                for name, like in labels.items()}
         with torch.no_grad():
-            e = base.lower(batch["obs"][:, :-1])
-            for name, steered in (("own", meta.decoder(e, z)), ("alone", e)):
-                nll = action_nll(base.action_logits(steered), batch["action"])
-                row[name] = masked_mean(nll, batch["mask"]).item()
-        return row
+            alone = pretraining_loss(base, batch["obs"], batch["action"], batch["mask"])[1]
+        return {**row, "alone": alone.item()}
 
     measured(run, "exchange", [{}], measure)
 

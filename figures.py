@@ -91,6 +91,12 @@ def wilson(rate, n, z=1.96):
     return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
 
+def draw_share(axis, x, rate, n, **style):
+    """A share of n, with its interval."""
+    low, high = wilson(rate, n)
+    axis.errorbar(x, rate, [[max(rate - low, 0)], [max(high - rate, 0)]], fmt="o", **style)
+
+
 def seeds_of(seeds):
     return f"{len(seeds)} seed" + "s" * (len(seeds) > 1)
 
@@ -136,9 +142,8 @@ def draw_success(seeds, to):
                                     zip(METHODS.values(), COLOURS)):
         ran = [seed for seed in seeds if seed.get(key) is not None]
         for k, seed in enumerate(ran):
-            low, high = wilson(seed[key], seed["eval_episodes"])
-            axes[2].plot([shown + .1 * k] * 2, [low, high], color=colour, lw=1.2)
-            axes[2].plot(shown + .1 * k, seed[key], "o", color=colour, ms=4, clip_on=False)
+            draw_share(axes[2], shown + .1 * k, seed[key], seed["eval_episodes"], color=colour,
+                       ms=4, lw=1.2, clip_on=False)
         if ran:
             words = label.replace("-action", "").replace("co-", "co-\n").replace(" ", "\n")
             axes[2].text(shown, -.04, f"{words}\n{seeds_of(ran)}", color=colour, fontsize=7,
@@ -447,9 +452,7 @@ def draw_transplant(rows, to):
         for k, (given, colour) in enumerate((("without", "black"), ("with", COLOURS[0]))):
             for j, row in enumerate(row for row in rows if row.get(f"{kind}_{given}") is not None):
                 rate, n = row[f"{kind}_{given}"], row[f"{kind}_{given}_n"]
-                low, high = wilson(rate, n)
-                place = x + .3 * k + .06 * j
-                axis.errorbar(place, rate, [[rate - low], [high - rate]], fmt="o", color=colour)
+                draw_share(axis, x + .3 * k + .06 * j, rate, n, color=colour)
             axis.text(x + .3 * k, -.04, f"{given}\nthe code", color=colour, va="top", fontsize=8)
     axis.set(ylim=(0, 1), xlim=(-.3, len(kinds) - .3), ylabel="visits the colour next", xticks=[],
              title=f"codes of other episodes, put in ({measured_on(rows)})")

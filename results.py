@@ -38,8 +38,8 @@ def seed_results(folder):
     bayes_gap_closed, switch_f1 (exact step), switch_f1_1 (+-1), switch_f1_5, undecided (gates),
     code_none: shares. code_identity: share of ln S. *_success: share of eval_episodes (blind: 20
     times as many) fresh episodes of the post-training task; rl_success_normalised: divided by the
-    ant's expert's. nll: of the base, nats
-    per action; right_turns*: see ant.right_turns. gate_*: see analysis.opened_at_arrivals.
+    ant's expert's. nll: of the base, nats per action; right_turns*: see ant.right_turns. gate_*:
+    see analysis.opened_at_arrivals.
     *_curve: lists of [episodes, success]. layer: the controlled one, of so many layers.
     control_success_by_leg, success_by_subgoals, opens_*: see analysis.py.
     *_plain_success: codes steer their own episode, without our views (experiments.rivals).

@@ -90,7 +90,7 @@ def test_what_the_gates_figure_shows_is_what_happened(run):
 
 
 def test_a_code_acts_as_what_its_like_may_replace(run):
-    """With the code of the step itself nothing changes, and alone is the base."""
+    """Alone, without a code, it is the base that predicts."""
     (row,) = runs.read_log(run.folder, "exchange")
     base = runs.read_log(run.folder, "base")[-1]["nll"]
     assert row["alone"] == pytest.approx(base, abs=.05)  # on other demonstrations
