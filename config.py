@@ -41,7 +41,7 @@ class Config:
     O: int = option(8, "world", "number of colours")
     W: int = option(4, "world", "number of walls")
     T: int = option(100, "world", "horizon, steps")
-    task_set: str = option("pairs", "world", "pairs (Table A1), singles (A2), trio, quad or tiny")
+    task_set: str = option("pairs", "world", "pairs (Table A1), singles (A2), quad or tiny")
     body: str = option("point", "world", "point (A.1) or ant (A.2)")
     compass: bool = option(False, "world", "name the ant's limbs by where they point", "ant")
 
@@ -175,21 +175,9 @@ PRESETS = {
         alpha_start=3000, alpha_ramp=1500, segment_rate=3,
         rl_updates=200, rl_batch=512, rl_lr=1e-3, std_lr=1e-2, raw_lr=3e-4, rl_epochs=2,
         evaluations=10),
-    # Subgoals of two colours, in 90 minutes: three pairs on the board of grid-small. alpha is large
-    # enough that a gate which opens inside a pair does not pay. Spliced views make codes form,
-    # joined ones, which take their place as alpha grows, keep them obeyed.
-    "grid-trio": Config(
-        G=5, O=6, W=0, T=50, task_set="trio", post_task="0-1-2-3-4-5-0-1-2-3",
-        width=128, layers=4, heads=4, hidden=256, relative=True, lam=0., warmup=100, decay=.5,
-        base_steps=12_000, base_batch=64, base_lr=3e-3,
-        layer=2, symmetric=True, splice=1., join=.5,
-        control_steps=2000, control_batch=128, control_lr=3e-3,
-        decoder_hidden=64, meta_steps=4000, meta_batch=128, meta_lr=1.5e-3, alpha=.3,
-        alpha_start=1000, alpha_ramp=1500, segment_rate=7,
-        rl_updates=1500, rl_batch=512, rl_lr=1e-3, std_lr=1e-2, raw_lr=3e-4, rl_epochs=2,
-        evaluations=10),
-    # Four pairs, as in the paper, on the same board. Left to themselves codes would tell the way to
-    # the next colour; those that have to last while alpha is 0 name pairs.
+    # Subgoals of two colours: four pairs, as in the paper, on the board of grid-small. Left to
+    # themselves codes would tell the way to the next colour; those that have to last while alpha is
+    # 0 name pairs. alpha is large enough that a gate which opens inside a pair does not pay.
     "grid-quad": Config(
         G=5, O=8, W=0, T=50, task_set="quad",
         width=128, layers=4, heads=4, hidden=256, relative=True, lam=.1, warmup=100, decay=.5,

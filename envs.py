@@ -52,15 +52,8 @@ TASK_SETS = {
         "1-3-1 1-3-2 2-0-2 2-0-3 2-1-3 3-1-0 3-1-3 3-2-0",
         "0-1-2-3",
     ),
-    # NOT in paper: three pairs, a small counterpart of Table A1; 01->23 and 23->45 are not in
-    # pretraining.
-    "trio": (
-        "0-1 2-3 4-5",
-        "0-1-0-1 0-1-4-5 2-3-2-3 2-3-0-1 4-5-4-5 4-5-2-3",
-        "0-1-2-3-4-5",
-    ),
-    # NOT in paper: four pairs in tasks of two, each followed by two of the others; 01->23, 23->45
-    # and 45->67 are not in pretraining.
+    # NOT in paper: a small counterpart of Table A1, four pairs in tasks of two, each followed by
+    # two of the others; 01->23, 23->45 and 45->67 are not in pretraining.
     "quad": (
         "0-1 2-3 4-5 6-7",
         "0-1-4-5 0-1-6-7 2-3-6-7 2-3-0-1 4-5-0-1 4-5-2-3 6-7-2-3 6-7-4-5",

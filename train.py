@@ -679,10 +679,9 @@ def parse(argv, complaints=sys.stderr):
     parser = Parser("train.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--stage", choices=STAGES, default="rl")
     parser.add_argument("--preset", choices=PRESETS, default="grid-small",
-                        help="smoke: seconds; grid-small, grid-trio and grid-quad (subgoals of two "
-                        "colours), ant-small: a laptop; grid-pairs: the paper's grid, a small "
-                        "network, not finished; grid-paper, ant-paper: the paper's sizes, one GPU "
-                        "[grid-small]")
+                        help="smoke: seconds; grid-small, grid-quad (subgoals of two colours), "
+                        "ant-small: a laptop; grid-pairs: the paper's grid, a small network, not "
+                        "finished; grid-paper, ant-paper: the paper's sizes, one GPU [grid-small]")
     parser.add_argument("--rival", choices=RIVALS, default="none",
                         help="raw: raw-action RL alone; forced: beta = 1 from stage 2 on; "
                         "cotrain: base and metacontroller trained together; compile: CompILE")

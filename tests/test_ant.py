@@ -791,6 +791,7 @@ def test_an_interrupted_recording_goes_on_with_its_next_portion(tmp_path, monkey
     ]
 
 
+@pytest.mark.slow
 def test_every_stage_runs_on_recorded_ants(tmp_path, monkeypatch, capsys):
     calls = []
     monkeypatch.setattr(ant, "HELD_OUT", 16)

@@ -41,7 +41,8 @@ def numbers(folder, name):
     ]
 
 
-@pytest.mark.parametrize("rival", ["none", pytest.param("cotrain", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rival", ["none", "cotrain"])
 def test_two_processes_learn_what_one_does(tmp_path, rival):
     """Every stage: weights and logs, losses included (Adam would hide a gradient of twice the
     size)."""
