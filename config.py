@@ -97,7 +97,8 @@ class Config:
     alpha_start: int = option(0, "meta", "steps before alpha begins to grow from 0")
     alpha_ramp: int = option(1500, "meta", "steps over which alpha then grows")
     splice: float = option(0., "meta", "share of views with another's end, until alpha grows")
-    hold: float = option(0., "meta", "share of steps that give no code, while alpha is 0")
+    hold: float = option(0., "meta", "share of steps that give no code, before the release")
+    release: int = option(0, "meta", "steps without holding before alpha begins to grow")
     meta_steps: int = option(64_000, "meta", "optimiser steps")
     meta_batch: int = option(512, "meta", "episodes per step")
     meta_lr: float = option(1e-3, "meta", "learning rate")
@@ -146,8 +147,8 @@ STEPS = {"walker": "walker_updates", "base": "base_steps", "control": "control_s
 CHOICES = {"gate": ("soft", "gumbel", "forced", "compile"), "mixer": ("attention", "hawk"),
            "dtype": ("auto", "float32", "bfloat16"), "device": ("auto", "cpu", "cuda")}
 MAY_BE_ZERO = ("W", "layer", "splice", "hold", "join", "base_join", "lam", "eps", "alpha",
-               "alpha_start", "alpha_ramp", "alpha_b", "rank", "meta_rank", "warmup", "decay",
-               "save_seconds", "seed", "threads", "thin", "forget", "keep", "base_wd",
+               "alpha_start", "alpha_ramp", "alpha_b", "release", "rank", "meta_rank", "warmup",
+               "decay", "save_seconds", "seed", "threads", "thin", "forget", "keep", "base_wd",
                "control_wd", "meta_wd", "meta_seed")
 SHARES = ("decay", "splice", "hold", "join", "base_join", "thin", "forget", "keep")
 

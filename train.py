@@ -459,15 +459,17 @@ def discover(run):
             # NOT in paper: alpha grows from 0. With alpha in full from the start the code is given
             # up before it carries anything. Meanwhile spliced views give way to whole and joined
             # ones: spliced, a code must be obeyed whatever the past; whole, no subgoal is cut.
-            # Codes are held while alpha is 0 alone: one that steers across the end of its subgoal
-            # is hardly obeyed.
             return min(1., max(0, step + 1 - cfg.alpha_start) / max(cfg.alpha_ramp, 1))
 
         growth = torch.zeros((), device=run.device)  # a tensor, like the rate in `supervise`
+        held = torch.zeros((), device=run.device)
 
         def growing(source):
             for step, batch in source:
                 growth.fill_(grown(step))
+                # NOT in paper: codes are held at first. Released, before they have a price, they
+                # come to act: one that steers across the end of its subgoal is hardly obeyed.
+                held.fill_(cfg.hold * (step < cfg.alpha_start - cfg.release))
                 yield step, batch
 
         def loss_of(batch):
@@ -476,8 +478,7 @@ def discover(run):
             B, T = batch["mask"].shape
             noise = torch.randn(cfg.T, B, cfg.n_z, device=run.device)[:T].transpose(0, 1)
             splice = cfg.splice * (1 - growth) if cfg.splice else 0.
-            hold = cfg.hold * (growth == 0) if cfg.hold else 0.
-            view = view_of(batch, world, cfg.symmetric, splice, cfg.join, hold)
+            view = view_of(batch, world, cfg.symmetric, splice, cfg.join, held if cfg.hold else 0.)
             mine, mine_of_view = parallel.own(batch | {"noise": noise}), view and parallel.own(view)
             parallel.own_luck()
             terms = discovery_terms(base, meta.train(), mine["obs"], mine["action"], mine["mask"],

@@ -794,6 +794,23 @@ def test_a_held_code_is_that_of_the_last_step_that_gives_one():
         assert all(steps[a] <= steps[b] for a in steps for b in steps if a < b)
 
 
+def test_codes_are_held_until_the_release(tmp_path, monkeypatch):
+    shares = []
+
+    def seen(batch, world, symmetric, splice, join, hold=0.):
+        if isinstance(hold, torch.Tensor):  # stage 2
+            shares.append((float(hold), float(splice)))
+        return view_of(batch, world, symmetric, splice, join, hold)
+    monkeypatch.setattr(train, "view_of", seen)
+    few = ["--base_steps", "1", "--base_join", "0", "--meta_steps", "8", "--dtype", "float32",
+           "--hold", ".5", "--alpha_start", "5", "--release", "2", "--alpha_ramp", "2"]
+    line = ["--preset", "smoke", "--stage", "discover", "--fresh", "--out", str(tmp_path)]
+    assert train.main([*line, *few, "--device", "cpu"]) == 0
+    holds, splices = zip(*shares)
+    assert holds == (0.5, 0.5, 0.5, 0, 0, 0, 0, 0)
+    assert splices == (0.5,) * 5 + (0.25, 0, 0)  # until alpha has grown
+
+
 def test_the_base_learns_from_joined_demonstrations(tmp_path, monkeypatch):
     views = []
     monkeypatch.setattr(train, "view_of", lambda *given: views.append(view_of(*given)) or views[-1])
