@@ -189,9 +189,9 @@ PRESETS = {
         rl_updates=600, rl_batch=512, rl_lr=1e-3, std_lr=1e-2, raw_lr=3e-4, rl_epochs=2,
         evaluations=10),
     # The paper's own world, A.1 exactly, with a small network and control at mid-depth. Stage 1 and
-    # C.3 are measured, and the base shipped. Stage 2 as on a poorer base of joined demonstrations,
-    # where codes name pairs and the gate opens at every colour; stage 3 is a guess
-    # (docs/results.md).
+    # C.3 are measured, and the base shipped. Stage 2 was measured on a poorer base of joined
+    # demonstrations, where codes name pairs and the gate opens at every colour, and not on this
+    # one; stage 3 is a guess (docs/results.md).
     "grid-pairs": Config(
         width=256, layers=4, heads=4, hidden=512, relative=True, lam=0., warmup=100, decay=.5,
         base_steps=40_000, base_batch=64, base_lr=3e-3,
