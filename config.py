@@ -282,6 +282,9 @@ def check(cfg, preset):
             raise Refused(f"--{name} is a share, at most 1, and is {getattr(cfg, name)}")
     if cfg.eps >= 1:
         raise Refused(f"--eps must be below 1, and is {cfg.eps}")
+    if cfg.hold and cfg.release >= cfg.alpha_start:
+        raise Refused(f"--hold {cfg.hold} would hold nothing: codes are held until step "
+                      f"--alpha_start {cfg.alpha_start} less --release {cfg.release}")
     if cfg.width % cfg.heads or cfg.policy_width % 8:
         raise Refused(f"--width {cfg.width} must be a multiple of --heads {cfg.heads}, and "
                       f"--policy_width {cfg.policy_width} of 8")

@@ -215,6 +215,7 @@ WRONG = {
     "a task of other colours": (["--post_task", "0-7"], "colour 7 does not exist"),
     "a colour twice in a row": (["--post_task", "0-0"], "twice"),
     "eps of one": (["--eps", "1.0"], "eps"),
+    "a hold that holds nothing": (["--hold", ".5", "--alpha_start", "9", "--release", "9"], "hold"),
     "no such device": (["--device", "tpu"], "device"),
 }
 
