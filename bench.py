@@ -34,9 +34,9 @@ import train
 from ant import FRAME_SKIP, AntWorlds
 from envs import GridWorlds, World, generate, sample_layouts
 from grid import grid_parts
-from internal_rl import InternalEnvironment, Player, Policy, clipped_update, sequence_logp
+from internal_rl import InternalEnvironment, Player, Policy, clipped_update, in_portions
 from metacontroller import Metacontroller, discovery_terms
-from model import SequenceModel, pretraining_loss
+from model import SequenceModel, gaussian_logp, pretraining_loss
 
 ANT = World(G=4, O=4, W=1, T=10 ** 9, task_set="singles", body="ant")
 GRID = World()
@@ -350,9 +350,12 @@ def peer(run, rounds):
     with torch.no_grad():
         old = their_meta.log_prob(their_meta.get_action_dist_for_internal_rl(e), code)
 
+    def our_logp(rows, m):
+        return gaussian_logp(z[rows, :m], policy(e[rows, :m]), policy.log_std)
+
     def our_update():
         clipped_update(list(policy.parameters()), policy_optimizer,
-                       lambda: sequence_logp(policy, e, z, env.count), logp, reward, mask)
+                       lambda: in_portions(our_logp, env.count), logp, reward, mask)
 
     def their_update():
         loss = their_meta.policy_loss(e, old, code, reward - .5, mask=torch.ones(n, T).bool())

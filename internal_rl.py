@@ -273,19 +273,18 @@ def internal_episodes(base, meta, world, rng, n, policy=None):
     return data, success, env
 
 
-def sequence_logp(policy, e, z, count, portions=8):
-    """ln pi(z | e_1:t) of whole sequences: e (N, M, D), z (N, M, n_z), count (N,) actions
-    that exist -> (N, M), 0 beyond the longest of its portion.
+def in_portions(logp_of, count, portions=8):
+    """logp (N, M) of whole sequences of which count (N,) actions exist, 0 beyond the longest of its
+    portion; M = max(count). logp_of(rows, m) -> (rows, m): of the first m actions of those rows.
 
-    Equal to gaussian_logp(z, policy(e), policy.log_std) where actions exist. In portions of
-    similar length, since one restless gate makes M ten times the average.
+    Equal to logp_of(all rows, M) where actions exist. In portions of similar length, since one
+    restless gate, or one ant that lives, makes M ten times the average.
     """
-    order = count.argsort(stable=True)
+    order, M = count.argsort(stable=True), int(count.max())
     logp = []
     for rows in order.split(math.ceil(len(order) / portions)):
-        M = int(count[rows].max())
-        part = gaussian_logp(z[rows, :M], policy(e[rows, :M]), policy.log_std)  # (rows, M)
-        logp.append(F.pad(part, (0, z.shape[1] - M)))
+        m = int(count[rows].max())
+        logp.append(F.pad(logp_of(rows, m), (0, M - m)))
     return torch.cat(logp)[order.argsort()]  # back in the order of the episodes
 
 
@@ -298,9 +297,12 @@ def internal_rl_step(base, meta, policy, optimizer, world, rng, n, epochs):
     ends = torch.stack([torch.from_numpy(success).to(z), torch.from_numpy(data.length).to(z),
                         env.count.to(z)], dim=1)  # (N, 3)
     reward, length, actions = parallel.gathered(ends).unbind(1)
+
+    def logp_of(rows, m):
+        return gaussian_logp(z[rows, :m], policy(e[rows, :m]), policy.log_std)
+
     loss = clipped_update(list(policy.parameters()), optimizer,
-                          lambda: sequence_logp(policy, e, z, env.count),
-                          old_logp, reward, mask, epochs)
+                          lambda: in_portions(logp_of, env.count), old_logp, reward, mask, epochs)
     return {"success": reward.mean().item(), "loss": loss, "raw_steps": int(length.sum()),
             "abstract_actions": actions.mean().item(),
             "std": policy.log_std.exp().mean().item()}
@@ -316,9 +318,10 @@ def raw_rl_step(base, optimizer, world, rng, n, epochs):
     reward, length = parallel.gathered(ends).unbind(1)
     obs, action, mask = to(data.obs()[:, :-1]), to(data.action), to(data.mask())
 
-    def logp_of():  # (N, T)
-        return -action_nll(base.action_logits(base.lower(obs)), action)
+    def logp_of(rows, m):
+        return -action_nll(base.action_logits(base.lower(obs[rows, :m])), action[rows, :m])
 
-    loss = clipped_update(list(base.parameters()), optimizer, logp_of,
+    loss = clipped_update(list(base.parameters()), optimizer,
+                          lambda: in_portions(logp_of, mask.sum(1)),
                           player.logp[:, :mask.shape[1]], reward, mask, epochs)
     return {"success": reward.mean().item(), "loss": loss, "raw_steps": int(length.sum())}

@@ -15,12 +15,12 @@ from internal_rl import (
     Policy,
     clipped_loss,
     gaussian_logp,
+    in_portions,
     internal_episodes,
     internal_rl_step,
     play,
     raw_rl_step,
     relative_advantage,
-    sequence_logp,
 )
 from metacontroller import Metacontroller
 from model import SequenceModel
@@ -156,7 +156,11 @@ def test_likelihood_in_portions_equals_the_whole_gradients_included():
     e, z, _, mask = env.sequences()
     whole, portions = (
         gaussian_logp(z, policy(e), policy.log_std),
-        sequence_logp(policy, e, z, env.count, portions=3),
+        in_portions(
+            lambda rows, m: gaussian_logp(z[rows, :m], policy(e[rows, :m]), policy.log_std),
+            env.count,
+            portions=3,
+        ),
     )
     assert env.count.min() < env.count.max() / 2 and torch.allclose(
         whole[mask], portions[mask], atol=1e-4
