@@ -929,6 +929,7 @@ class Ant:
 
     @staticmethod
     def forget(folder):
+        """Delete what else the expert has left in a run's folder."""
         for kind in ("noisy", "clean"):
             shutil.rmtree(folder / f"demonstrations-{kind}", ignore_errors=True)
 

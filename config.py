@@ -144,7 +144,7 @@ DEPENDS = {"walker": ("walker",), "base": _BASE, "control": (*_BASE, "split", "c
            "raw": (*_BASE, "rl", "raw")}
 STEPS = {"walker": "walker_updates", "base": "base_steps", "control": "control_steps",
          "meta": "meta_steps", "policy": "rl_updates", "raw": "rl_updates"}
-CHOICES = {"gate": ("soft", "gumbel", "forced", "compile"), "mixer": ("attention", "hawk"),
+CHOICES = {"gate": ("soft", "gumbel"), "mixer": ("attention", "hawk"),
            "dtype": ("auto", "float32", "bfloat16"), "device": ("auto", "cpu", "cuda")}
 MAY_BE_ZERO = ("W", "layer", "splice", "hold", "join", "base_join", "lam", "eps", "alpha",
                "alpha_start", "alpha_ramp", "alpha_b", "release", "rank", "meta_rank", "warmup",
@@ -235,16 +235,16 @@ def world_of(cfg):
 
 def memory_needed(cfg):
     """About how many bytes the largest stage takes at once: a lower bound, for `check`."""
-    cells, things, D = cfg.G ** 2, cfg.O + cfg.W + 1, cfg.width
+    cells, K, D = cfg.G ** 2, cfg.O + cfg.W + 1, cfg.width
     block = 4 * D * D + 2 * D * cfg.hidden
-    embedding = things * max(cells, (2 * cfg.G - 1) ** 2) * D * (2 if cfg.lam else 1)
+    embedding = K * max(cells, (2 * cfg.G - 1) ** 2) * D * (2 if cfg.lam else 1)
     controllers = sum(hidden * (2 * D * rank if rank else D * D) for hidden, rank in
                       ((32, cfg.rank), (cfg.decoder_hidden, cfg.meta_rank)))
     small = cfg.encoder_hidden * (D + cfg.n_h + cfg.n_s) + 3 * cfg.n_h * (D + cfg.n_h)
     parameters = cfg.layers * block + embedding + controllers + small + 8 * cfg.policy_width ** 2
     episodes = max(cfg.eval_episodes, cfg.rl_batch)  # played at once, each with its cache
     cache = episodes * cfg.layers * 2 * D * (cfg.T if cfg.mixer == "attention" else 1)
-    bias = cfg.heads * min(cfg.T, 10 ** 9) ** 2 if cfg.mixer == "attention" else 0
+    bias = cfg.heads * cfg.T ** 2 if cfg.mixer == "attention" else 0
     record = episodes * cfg.T * (cfg.n_z + 8)
     batch = max(cfg.base_batch, cfg.control_batch, cfg.meta_batch)
     layouts = min(8192, 35 * batch) * cells * (2 * cfg.O + 4)  # paths and contents, in 4 bytes
@@ -267,10 +267,10 @@ def check(cfg, preset):
     for f in fields(cfg):
         value = getattr(cfg, f.name)
         if f.type in (int, float):
-            least = "not be negative" if f.name in MAY_BE_ZERO else "be positive"
-            fits = value > 0 or value == 0 and f.name in MAY_BE_ZERO  # NaN does not
-            if not (fits and math.isfinite(value)):
-                raise Refused(f"--{f.name} must {least}, and is {value}")
+            least = "be from 0" if f.name in MAY_BE_ZERO else "be positive, up"
+            fits = value > 0 or value == 0 and f.name in MAY_BE_ZERO
+            if not (fits and value < 1e18):  # NaN does not
+                raise Refused(f"--{f.name} must {least} to 1e18, and is {value}")
         if f.metadata["body"] not in ("", cfg.body) and value != f.default:
             raise Refused(f"--{f.name} is for the {f.metadata['body'].replace('point', 'grid')}")
     for name, choices in CHOICES.items():

@@ -6,10 +6,10 @@ World, the rules' numbers   2. the rules as small tables   3. GridWorlds, N worl
 The second world, a MuJoCo ant on the same board, is in ant.py, which adds itself to WORLDS.
 
 Glossary (name -> meaning -> shape; N worlds, T steps, C = G*G cells, O colours, W walls,
-K = O+W+1 things)
+K = O+W+1)
   things    cell of every colour, then of every wall             (N, O+W)   fixed in an episode
   agent     cell of the agent                                    (N,) or (N, T)
-  obs       things and agent side by side: "where is thing k"    (..., K)   see `one_hot`
+  obs       things and agent side by side: where each of the K is (..., K)   see `one_hot`
   contents  what lies in a cell: -1 nothing, 0..O-1 colour, O wall   (N, C)
   dist      steps from a cell to a colour, avoiding the rest     (N, O, C)
   target    the colour to visit next                             (N,)
@@ -220,8 +220,8 @@ class GridWorlds:
     """N gridworld-pinpads stepped together (A.1.1). A finished world stays as it is and pays
     nothing more.
 
-    tasks: N colour sequences; things, agent as from `sample_layouts`; rng and threads are for
-    bodies with poses and physics. Arrays, each (N,): agent, progress, steps, done, success.
+    tasks: N tuples of colours; things, agent as from `sample_layouts`; rng and threads are the
+    ant's. Arrays, each (N,): agent, progress, steps, done, success.
     """
     no_action = np.zeros((), np.int64)  # one action: its shape and dtype
     senses = False  # True: obs() is more than `things` and `agent` and must be recorded
@@ -316,7 +316,8 @@ def ascii_grid(world, obs):
 
 
 class Pinpad(gym.Env):
-    """What both gymnasium environments share: a batch of one world. Any World field is a keyword.
+    """Both gymnasium environments, but for spaces, read_action, observation and draw: a batch of
+    one world. Any World field is a keyword.
 
     Reward: 1 when the task is completed, else 0. Terminated: task completed, a colour visited
     that is not the next one, or what the body adds. Truncated: T steps, which are World's, not a
@@ -482,12 +483,12 @@ PER_STEP = ("action", "target", "progress", "subgoal", "segment")
 
 @dataclass
 class Trajectories:
-    """N episodes, padded to the longest. Entries at and beyond length[n] are padding.
+    """N episodes, padded to the longest. Steps at and beyond length[n] are padding.
 
     things (N, O+W) | agent (N, T+1), the last valid entry is where the episode ended |
     action (N, T) | target (N, T) colour headed for | progress (N, T) colours visited before t |
     subgoal (N, T) | segment (N, T) subgoals finished before step t | length (N,). All int64.
-    Of a body with senses: action (N, T, A) and sensed (N, T+1, F), what it saw, are float32.
+    Of the ant: action (N, T, A) and sensed (N, T+1, F), what it saw, are float32.
     """
     things: np.ndarray
     agent: np.ndarray
@@ -512,7 +513,7 @@ class Trajectories:
         return np.arange(self.action.shape[1]) < self.length[:, None]
 
     def obs(self):
-        """(N, T+1, K) int64, or (N, T+1, F) of a body; obs[:, t] is seen before action t."""
+        """(N, T+1, K) int64, or (N, T+1, F) of the ant; obs[:, t] is seen before action t."""
         if self.sensed is not None:
             return self.sensed
         N, T1 = self.agent.shape

@@ -4,7 +4,8 @@ this world, and what the stages ask of it.
   1. ObsEmbedding   the observation's look-up; grid_parts: embedding and heads
   2. Grid           views, episodes, exact bounds, pictures: an entry of train.BODIES
 
-Paper sections: A.1, C.1.1. Glossary: as in envs.py and model.py.
+Paper sections: A.1, C.1.1. Glossary: as in envs.py and model.py; run, a runs.Run: the
+configuration, its folder, the device; clean: demonstrations without eps (C.4.4).
 """
 import functools
 
@@ -30,16 +31,16 @@ class ObsEmbedding(nn.Module):
     which a network trained for minutes does not learn.
     """
 
-    def __init__(self, G, things, width, relative=False):
+    def __init__(self, G, K, width, relative=False):
         super().__init__()
         self.G, self.relative = G, relative
-        self.kinds = things - 1 if relative else things
+        self.kinds = K - 1 if relative else K
         self.rows = (2 * G - 1) ** 2 if relative else G * G
         # NOT in paper: scale 1 instead of 0.1. The K ones of an observation are a fixed, tiny
         # share of its entries, so 0.1 / (C * K) would start the stream near zero. N(0, 1/K)
         # gives e_0 about unit variance.
         self.bag = nn.EmbeddingBag(self.kinds * self.rows, width, mode="sum")
-        nn.init.normal_(self.bag.weight, std=things ** -.5)
+        nn.init.normal_(self.bag.weight, std=K ** -.5)
         self.bias = nn.Parameter(torch.zeros(width))
         self.register_buffer("offset", torch.arange(self.kinds) * self.rows, persistent=False)
 
@@ -80,10 +81,6 @@ class Grid:
     @staticmethod
     def expert(run):
         """The frozen model that demonstrates, on which a base depends; None: no training."""
-
-    @staticmethod
-    def forget(folder):
-        """Delete what else the expert has left in a run's folder."""
 
     @staticmethod
     def check(cfg):

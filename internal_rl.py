@@ -21,7 +21,7 @@ some of them finished)
   opens     rows whose gate opened at this step: beta > 0.5            (m,) int64
   rng       a numpy Generator, or parallel.Rows: layouts, actions and codes are drawn from it
   state     all that must persist from step to step, one row per episode: nested dicts and lists
-Of a body, read F numbers for K cells, and vectors of A torques for actions. In the update A is
+Of the ant, read F numbers for K cells, and vectors of A torques for actions. In the update A is
 the advantage, and `ratio` pi / pi_old.
 """
 import math
@@ -229,7 +229,7 @@ def clipped_loss(logp, old_logp, advantage, mask, clip):
     The sum over an episode's actions is kept; the mean is over episodes (C.5.2). NOT in paper,
     which prints min(r, clip(r)) A, probably a slip: min(r A, clip(r) A), different for A < 0.
     """
-    ratio = (logp - old_logp).exp()  # (N, M)
+    ratio = ((logp - old_logp) * mask).exp()  # (N, M); at padding logp can be anything
     A = advantage[:, None]
     gain = torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A)
     return -(gain * mask).sum(1).mean()

@@ -2,7 +2,7 @@
 
     training (stage 2)                           acting (stage 3, internal_rl.py)
 
-    e_1:T ──► f_emb ──► s   (the FUTURE too)     e_t, memory ──► policy pi(z | e_1:t)  (the past)
+    e_1:T+1 ► f_emb ──► s   (the FUTURE too)     e_t, memory ──► policy pi(z | e_1:t)  (the past)
     e_t, h_t-1, s ──► encoder ──► z~_t                        │ sees e, and acts, only at openings
                                    │                          ▼
     e_t, h_t-1, z_t-1 ► switch ► beta_t          e_t, h_t-1, z_t-1 ► switch ► beta_t > 1/2 ?
@@ -52,8 +52,8 @@ class Decoder(nn.Module):
     def forward(self, e, z):
         """Eq. 11: e (..., D), z (..., n_z) -> e + U e. U itself is never built.
 
-        U is linear in the hidden units: U = left right with left = sum_h hidden_h L_h + bias (and
-        right likewise). So R_h e is computed for all h at once and summed, r H_d numbers a step,
+        U = left right, each linear in the hidden units: left = sum_h hidden_h L_h + bias, right
+        likewise. So R_h e is computed for all h at once and summed, r H_d numbers a step,
         instead of the 2 D r entries of left and right.
         """
         hidden = self.net[1](self.net[0](z))  # (..., H_d)
@@ -86,8 +86,8 @@ class Decoder(nn.Module):
 # -------------------------------------------------------------------------- 2. metacontroller (D.2)
 
 class SequenceEmbedder(nn.Module):
-    """f_emb, Eq. 13: the whole sequence e_1:T in one vector s, by a Hawk layer (D.1.1) read at the
-    last step.
+    """f_emb, Eq. 13: the whole sequence e_1:T+1 in one vector s, by a Hawk layer (D.1.1) read at
+    the last step.
 
     One vector, not one per step: with a summary of the future at every t the gate never closed
     (measured in a prototype and not understood, docs/notes.md). NOT in paper, which does not give
@@ -102,8 +102,8 @@ class SequenceEmbedder(nn.Module):
         self.out = linear(inner, n_s, 1.)
 
     def forward(self, e, length):
-        """e (B, T, D), length (B,) -> s (B, n_s)."""
-        x = self.block(self.inp(e))  # (B, T, inner); causal: padding changes nothing before it
+        """e (B, T1, D), length (B,) -> s (B, n_s)."""
+        x = self.block(self.inp(e))  # (B, T1, inner); causal: padding changes nothing before it
         last = x[torch.arange(len(x), device=x.device), length - 1]  # (B, inner)
         return self.out(self.norm(last))
 
@@ -138,13 +138,13 @@ class Metacontroller(nn.Module):
         self.decoder = Decoder(n_z, width, rank, decoder_hidden)
 
     def encode(self, e, length):
-        """Eq. 12, 13, 15: e (B, T, D) -> mu, logvar (B, T, n_z) and the switch's input from
-        e_t, h_t-1 (B, T, H_s)."""
+        """Eq. 12, 13, 15: e (B, T1, D) -> mu, logvar (B, T1, n_z) and the switch's input from
+        e_t, h_t-1 (B, T1, H_s)."""
         e = self.norm(e)
-        h, _ = self.gru(e)  # (B, T, n_h): h_1 .. h_T
-        h = F.pad(h[:, :-1], (0, 0, 1, 0))  # h_0 .. h_T-1: encoder and switch read h_t-1
-        s = self.embedder(e, length)[:, None].expand(-1, e.shape[1], -1)  # (B, n_s) -> (B, T, n_s)
-        code = self.encoder(torch.cat([e, h, s], dim=-1))  # (B, T, 2 n_z)
+        h, _ = self.gru(e)  # (B, T1, n_h): h_1 .. h_T1
+        h = F.pad(h[:, :-1], (0, 0, 1, 0))  # h_0 .. h_T1-1: encoder and switch read h_t-1
+        s = self.embedder(e, length)[:, None].expand(-1, e.shape[1], -1)  # (B, n_s) -> (B, T1, n_s)
+        code = self.encoder(torch.cat([e, h, s], dim=-1))  # (B, T1, 2 n_z)
         # Out of autocast's bfloat16: the KL cancels near the prior, and products of 1 - beta must
         # keep small weights.
         mu, logvar = code.float().chunk(2, dim=-1)
@@ -215,7 +215,7 @@ def kl_to_prior(mu, logvar):
 
 class CompILE(nn.Module):
     """Kipf et al. 2019, as C.4.3 adapts it: the sequence is cut into at most M segments, each with
-    a code; in place of gate and encoder of the Metacontroller, the decoder is the same.
+    a code. Replaces the Metacontroller's gate and encoder; the decoder is the same.
 
     For each segment i in turn the encoder reads what lies behind b_i-1, the end of the one before,
     and says where this one ends, b_i, by Gumbel-softmax over the observations, and what its code

@@ -16,9 +16,9 @@ is the batch, so that a batch of caches can be indexed.
 
 Paper sections: C.1.2 (loss), D.1 (architecture), Tables A4, A15, A16.
 
-Glossary (name -> symbol -> shape; B batch, T time, D width n_e, H heads, K things, C cells;
-for a body read F numbers for K cells, and (B, T, A) for its actions; W is the width of an RG-LRU)
-  obs     o_t, index form: the cell of every thing    (B, T, K) int64
+Glossary (name -> symbol -> shape; B batch, T time, D width n_e, H heads, K = O+W+1, C cells;
+for the ant read F numbers for K cells, and (B, T, A) for its actions; W is the width of an RG-LRU)
+  obs     o_t, index form: the cell of each of the K  (B, T, K) int64
   e       e_t,l, residual stream at layer l           (B, T, D)
   logits  of p(a_t | o_1:t)                           (B, T, A)
   lam     lambda, weight of the observation loss      scalar
@@ -60,7 +60,7 @@ def gaussian_logp(x, mean, log_std):
 
 
 class GaussianHead(nn.Module):
-    """A Gaussian with learned diagonal covariance (C.1.2), for a body's actions and senses.
+    """A Gaussian with learned diagonal covariance (C.1.2), for the ant's actions and senses.
 
     x (..., D) -> (..., 2 n): mean, then log std, one learned vector, the same at every step.
     NOT in paper, which is silent: it starts at -1.5; from 0 it takes hundreds of steps to come
@@ -319,7 +319,7 @@ class SequenceModel(nn.Module):
         return x
 
     def lower(self, obs, caches=None, t=None):
-        """o_1:T -> e_1:T,l. obs (B, T, K) int64, or (B, T, F) float of a body -> (B, T, D). With
+        """o_1:T -> e_1:T,l. obs (B, T, K) int64, or (B, T, F) float of the ant -> (B, T, D). With
         caches (from `init_cache`): step t alone, T = 1."""
         caches = None if caches is None else caches[:self.layer]
         return self.through(0, self.layer, self.embed(obs), caches, t)
@@ -344,7 +344,7 @@ class SequenceModel(nn.Module):
 # -------------------------------------------------------------------------------------- 6. the loss
 
 def obs_nll(logits, next_obs):
-    """-ln p(o_t+1 | o_1:t), nats: logits (B, T, K * C), next_obs (B, T, K) -> (B, T); of a body,
+    """-ln p(o_t+1 | o_1:t), nats: logits (B, T, K * C), next_obs (B, T, K) -> (B, T); of the ant,
     a Gaussian, (B, T, 2 F), (B, T, F) -> (B, T).
 
     NOT in paper: its "categorical" is read as one categorical over cells per thing, summed.
@@ -358,7 +358,7 @@ def obs_nll(logits, next_obs):
 
 def action_nll(logits, action):
     """-ln p(a_t), nats: logits as from `SequenceModel.action_logits`, action (B, T) int64, or
-    (B, T, A) float of a body -> (B, T)."""
+    (B, T, A) float of the ant -> (B, T)."""
     if action.is_floating_point():
         return -gaussian_logp(action, *logits.float().chunk(2, dim=-1))
     return F.cross_entropy(logits.transpose(1, 2), action, reduction="none")  # wants (B, A, T)

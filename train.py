@@ -17,7 +17,7 @@ Bottom-up: 1. episodes and batches   2. views: what is steered   3. what every s
 4. the stages   5. the command line. What can be set, and the presets: config.py
 
 Glossary: as in envs.py, model.py, metacontroller.py and internal_rl.py, and
-  batch   a dict of tensors: obs (B, T+1, K), action, subgoal, mask, switches (B, T); of a body
+  batch   a dict of tensors: obs (B, T+1, K), action, subgoal, mask, switches (B, T); of the ant
           obs (B, T+1, F), action (B, T, A)
   view    another view of a batch's episodes, which is steered, or learned, in their place: view_of
   body    a point or the ant; BODIES says what the stages need to know of one
@@ -116,8 +116,8 @@ def batches(run, purpose, size, clean, first, last, keep=.1, seed=None):
 
     seed: of the batches; None: the run's.
     clean: demonstrations of the clean expert (C.4.4). The first share `thin` of the steps gets
-    thinned episodes, which keep a share of their further steps that grows to `keep`: a goal is
-    found out the sooner, the fewer steps it has to be remembered for.
+    episodes cut by ant.thinned, its share growing to `keep`: a goal is found out the sooner, the
+    fewer steps it has to be remembered for.
     Any step can be the first: what it contains depends on (seed, purpose, step) alone, and, with
     `thin`, on last and keep. NOT in paper: with batches of similar length and losses averaged over
     a batch's steps, a step in a batch of short episodes weighs more than one in a batch of long
@@ -183,8 +183,8 @@ def view_of(batch, world, symmetric, splice, join, hold=0.):
         row   5 5 5 b b b b          step  0 1 2 0 0 1 2          mask  1 1 1 0 1 1 1
 
     batch: obs (B, T+1, K), action and mask (B, T). Returns a dict of obs (B, T'+1, K); action, row,
-    step (B, T'): step t of view b is step step[b, t] of episode row[b, t] (at an arrival: is
-    steered by that step's code); and mask (B, T'), the steps to be scored. T' = T without join.
+    step (B, T'): step t of view b is steered by the code of step step[b, t] of episode
+    row[b, t]; and mask (B, T'), the steps to be scored. T' = T without join.
     """
     # What changes from step to step is a tensor, whose value a CUDA graph can't ask for.
     constant = isinstance(splice, float) and isinstance(hold, float)
@@ -790,10 +790,8 @@ def main(argv=None):
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and (
                 "can't allocate memory" not in str(error)):
             raise
-        print(f"train.py: out of memory: smaller batches (--base_batch, --control_batch, "
-              f"--meta_batch {run.cfg.meta_batch}) or fewer episodes at once (--rl_batch "
-              f"{run.cfg.rl_batch}, --eval_episodes {run.cfg.eval_episodes}) need less",
-              file=complaints)
+        print("train.py: out of memory: smaller --base_batch, --control_batch or --meta_batch, or "
+              "fewer episodes at once (--rl_batch, --eval_episodes), need less", file=complaints)
         return 1
     except (KeyboardInterrupt, Interrupted) as stop:
         number, saved = stop.args if stop.args else (signal.SIGINT, "interrupted")

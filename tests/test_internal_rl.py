@@ -218,6 +218,16 @@ def test_first_policy_is_the_prior():
     )
 
 
+def test_what_is_read_off_padding_is_without_effect():
+    """There old_logp is 0, and logp whatever the policy says: its ratio may overflow."""
+    logp = torch.tensor([[-1.0, 500.0], [-2.0, -1.0]], requires_grad=True)
+    mask = torch.tensor([[True, False], [True, True]])
+    old_logp = torch.tensor([[-1.0, 0.0], [-2.0, -1.0]])
+    loss = clipped_loss(logp, old_logp, torch.tensor([-1.0, 1.0]), mask, 0.2)
+    (gradient,) = torch.autograd.grad(loss, logp)
+    assert loss == -0.5 and torch.equal(gradient, torch.tensor([[0.5, 0.0], [-0.5, -0.5]]))
+
+
 def test_every_episode_gets_its_own_advantage():
     """At ratio 1 the gradient of Eq. 10 on each action of episode n is -A_n / N: its own, whole,
     and nothing on padding."""
