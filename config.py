@@ -189,16 +189,16 @@ PRESETS = {
         rl_updates=600, rl_batch=512, rl_lr=1e-3, std_lr=1e-2, raw_lr=3e-4, rl_epochs=2,
         evaluations=10),
     # The paper's own world, A.1 exactly, with a small network and control at mid-depth. Stage 1 and
-    # C.3 are measured, and the base shipped. Stage 2 was measured on a poorer base of joined
-    # demonstrations, where codes name pairs and the gate opens at every colour, and not on this
-    # one; stage 3 is a guess (docs/results.md).
+    # C.3 are measured, and the base shipped. Stage 2 was measured in pieces on a poorer base of
+    # joined demonstrations, where codes come to name pairs and the gate to open at their ends, and
+    # not on this one; stage 3 is a guess (docs/results.md).
     "grid-pairs": Config(
         width=256, layers=4, heads=4, hidden=512, relative=True, lam=0., warmup=100, decay=.5,
         base_steps=40_000, base_batch=64, base_lr=3e-3,
         layer=2, symmetric=True, join=.5, control_steps=11_000, control_batch=64,
         control_lr=3e-3, decoder_hidden=64, splice=1., hold=.75, release=6000,
-        meta_steps=20_000, meta_batch=128, meta_lr=1.5e-3, alpha=.06, alpha_start=14_000,
-        alpha_ramp=1000, rl_updates=1000, rl_batch=512, rl_lr=1e-3, std_lr=1e-2, raw_lr=3e-4,
+        meta_steps=20_000, meta_batch=128, meta_lr=1.5e-3, alpha=.07, alpha_start=14_000,
+        alpha_ramp=3000, rl_updates=1000, rl_batch=512, rl_lr=1e-3, std_lr=1e-2, raw_lr=3e-4,
         rl_epochs=2),
     # The paper's gridworld, sizes and rates: A.1, Tables A4, A7, A9, A13, A16. What remains
     # different (initialisers, ramp of alpha, clipping, sorting by length) is marked NOT in paper.
