@@ -36,7 +36,7 @@ from envs import GridWorlds, World, generate, sample_layouts
 from grid import grid_parts
 from internal_rl import InternalEnvironment, Player, Policy, clipped_update, in_portions
 from metacontroller import Metacontroller, discovery_terms
-from model import SequenceModel, gaussian_logp, pretraining_loss
+from model import SequenceModel, pretraining_loss
 
 ANT = World(G=4, O=4, W=1, T=10 ** 9, task_set="singles", body="ant")
 GRID = World()
@@ -351,7 +351,7 @@ def peer(run, rounds):
         old = their_meta.log_prob(their_meta.get_action_dist_for_internal_rl(e), code)
 
     def our_logp(rows, m):
-        return gaussian_logp(z[rows, :m], policy(e[rows, :m]), policy.log_std)
+        return policy.logp(e[rows, :m], z[rows, :m])
 
     def our_update():
         clipped_update(list(policy.parameters()), policy_optimizer,

@@ -198,6 +198,10 @@ class Policy(nn.Module):
         and updates it."""
         return self.mean(self.norm(self.block(self.inp(self.norm_in(e)), cache=memory)))
 
+    def logp(self, e, z):
+        """ln pi(z | e_1:t) of whole sequences: e (N, M, D), z (N, M, n_z) -> (N, M)."""
+        return gaussian_logp(z, self(e), self.log_std)
+
     def init_memory(self, n):
         """What `forward` remembers of n episodes: nothing yet."""
         return self.block.mixer.init_cache(n, 0, self.mean.weight)
@@ -299,7 +303,7 @@ def internal_rl_step(base, meta, policy, optimizer, world, rng, n, epochs):
     reward, length, actions = parallel.gathered(ends).unbind(1)
 
     def logp_of(rows, m):
-        return gaussian_logp(z[rows, :m], policy(e[rows, :m]), policy.log_std)
+        return policy.logp(e[rows, :m], z[rows, :m])
 
     loss = clipped_update(list(policy.parameters()), optimizer,
                           lambda: in_portions(logp_of, env.count), old_logp, reward, mask, epochs)

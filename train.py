@@ -790,8 +790,10 @@ def main(argv=None):
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and (
                 "can't allocate memory" not in str(error)):
             raise
-        print("train.py: out of memory: smaller --base_batch, --control_batch or --meta_batch, or "
-              "fewer episodes at once (--rl_batch, --eval_episodes), need less", file=complaints)
+        print(f"train.py: out of memory: smaller batches (--base_batch, --control_batch, "
+              f"--meta_batch {run.cfg.meta_batch}) or fewer episodes at once (--rl_batch "
+              f"{run.cfg.rl_batch}, --eval_episodes {run.cfg.eval_episodes}) need less",
+              file=complaints)
         return 1
     except (KeyboardInterrupt, Interrupted) as stop:
         number, saved = stop.args if stop.args else (signal.SIGINT, "interrupted")

@@ -255,7 +255,7 @@ def test_out_of_memory_later_on_is_one_sentence(tmp_path, capsys, monkeypatch, e
     monkeypatch.setattr(train, "pretraining_loss", too_much)
     assert train.main([*TINY, "--stage", "pretrain", "--out", str(tmp_path)]) == 1
     err = capsys.readouterr().err
-    assert "out of memory" in err and "--meta_batch" in err and "--eval_episodes" in err
+    assert "out of memory" in err and "--meta_batch 32" in err and "--eval_episodes 40" in err
 
 
 # ----------------------------------------------------------------------------- stopping, going on
