@@ -309,7 +309,15 @@ def test_a_stop_in_the_last_step_of_a_stage_does_not_begin_the_next(tmp_path, ca
     assert not (tmp_path / "smoke/seed0/control.pt").exists()
 
 
-def test_a_second_ctrl_c_leaves_at_once():
+@pytest.fixture
+def heeding_ctrl_c():
+    """What a shell begins with & ignores it, and so do its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_ctrl_c_leaves_at_once(heeding_ctrl_c):
     with pytest.raises(KeyboardInterrupt), runs.Stop() as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop.asked == signal.SIGINT
