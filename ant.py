@@ -46,7 +46,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import parallel
-from config import Refused, world_of
+from config import GONE, Refused, world_of
 from envs import (
     PALETTE,
     WORLDS,
@@ -262,13 +262,6 @@ def limb_tables(order):
 JOINTS, MOTORS = limb_tables((0, 1, 2, 3)), limb_tables(MOTOR_ORDER)
 
 
-def renamed(tables, k, values):
-    """values (N, 8) of the joints or the motors (tables: JOINTS, MOTORS) after the limbs were
-    renamed k (N,) places on, k any integers."""
-    source, sign = tables
-    return np.take_along_axis(values, source[k % 4], axis=1) * sign[k % 4]
-
-
 def ant_symmetries():
     """What the 8 symmetries do to what is felt, felt @ A[g], A (8, 29, 29), and to torques,
     action @ B[g], B (8, 8, 8). float32; entries 0, 1, -1."""
@@ -320,13 +313,9 @@ def cell_centres(G):
 class AntWorlds(GridWorlds):
     """N ant-pinpads (A.2): the same rules, with the cell under the ant's centre as its place.
 
-    Four things differ, and with world.compass a fifth. Walls have no substance: an episode in which
-    the centre enters one fails. It fails if the ant falls. NOT in paper, which is silent: it fails
-    if the centre leaves the board, which has no rim. And obs() is a vector of floats.
-
-    NOT in paper: with world.compass the limbs have no names of their own. Observations and actions
-    speak of the one that points north-east as limb 1, north-west as 2, and so on, so that the torso
-    seems to face within 45 degrees of east. It is the same ant in other coordinates.
+    Four things differ. Walls have no substance: an episode in which the centre enters one fails. It
+    fails if the ant falls. NOT in paper, which is silent: it fails if the centre leaves the board,
+    which has no rim. And obs() is a vector of floats.
     """
     no_action = np.zeros(8, np.float32)
     senses = True
@@ -342,32 +331,14 @@ class AntWorlds(GridWorlds):
         """(N, 2) metres."""
         return self.ants.qpos[:, :2]
 
-    def shift(self):
-        """(N,) how many places on its limbs are called in observations and actions: the quarter
-        turns nearest to its yaw; 0 without world.compass."""
-        w, _, _, z = self.ants.qpos[:, 3:7].T
-        yaw = 2 * np.arctan2(z, w)  # the twist of the orientation, also in a torso that tilts
-        return np.round(yaw / (np.pi / 2)).astype(np.int64) * self.world.compass
-
     def obs(self):
         """(N, F) float32: see the slices at the top."""
         xy = self.position()
         relative = self.centres[self.things] - xy[:, None]  # (N, O+W, 2)
-        body, motion = self.ants.qpos[:, 2:].copy(), self.ants.qvel.copy()
-        if self.world.compass:
-            k = self.shift()
-            # Half the angle by which the torso turns back, about its own axis.
-            c, s = np.cos(k * np.pi / 4), -np.sin(k * np.pi / 4)
-            w, x, y, z = body[:, 1:5].T
-            body[:, 1:5] = np.stack([c * w - s * z, c * x + s * y, c * y - s * x, c * z + s * w], 1)
-            c, s = QUARTER_COS[k % 4], QUARTER_SIN[k % 4]
-            x, y = self.ants.qvel[:, 3:5].T
-            motion[:, 3], motion[:, 4] = c * x - s * y, s * x + c * y
-            body[:, 5:] = renamed(JOINTS, k, body[:, 5:])
-            motion[:, 6:] = renamed(JOINTS, k, motion[:, 6:])
+        body = self.ants.qpos[:, 2:].copy()
         # A quaternion and its negative are the same orientation.
         body[:, 1:5] *= np.where(body[:, 1:2] < 0, -1, 1)
-        parts = [symlog(body), symlog(motion), xy / self.half,
+        parts = [symlog(body), symlog(self.ants.qvel), xy / self.half,
                  relative.reshape(len(xy), -1) / self.half,  # (N, O+W, 2) -> (N, 2 (O+W))
                  (xy - self.centres[self.agent]) / (CELL / 2)]
         return np.concatenate(parts, axis=1).astype(np.float32)
@@ -375,7 +346,7 @@ class AntWorlds(GridWorlds):
     def step(self, action):
         """action (N, 8) in [-1, 1]; those of finished worlds are ignored. As GridWorlds.step."""
         alive = np.flatnonzero(~self.done)
-        self.ants.step(alive, renamed(MOTORS, -self.shift()[alive], action[alive]))
+        self.ants.step(alive, action[alive])
         x, y = self.position().T
         off = ~((np.abs(x) < self.half) & (np.abs(y) < self.half))
         row, column = ((np.where(off, 0, v) + self.half) // CELL for v in (-y, x))
@@ -543,7 +514,7 @@ def ant_expert(world, dist, rng, walk, stuck):
         ahead = goal - worlds.position()[alive]
         heading = np.zeros((len(worlds.done), 2))
         heading[alive] = ahead / np.linalg.norm(ahead, axis=1, keepdims=True).clip(1e-6)
-        return renamed(MOTORS, worlds.shift()[alive], walk(worlds.ants.felt(heading)[alive]))
+        return walk(worlds.ants.felt(heading)[alive])
     return act
 
 
@@ -706,7 +677,7 @@ class Demonstrations:
         world, folder = world_of(run.cfg), run.folder / f"demonstrations-{kind}"
         rules = {name: x for name, x in dataclasses.asdict(world).items() if name != "post"}
         wanted = {"mujoco": version("mujoco"), "walker": digest(walker.state_dict()),
-                  "episodes": run.cfg.demonstrations, "seed": run.cfg.seed, **rules}
+                  "episodes": run.cfg.demonstrations, "seed": run.cfg.seed, **rules, **GONE}
         finished = (folder / "made.json").exists()
         parallel.wait()  # before anyone can finish them
         if not finished:

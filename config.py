@@ -43,7 +43,6 @@ class Config:
     T: int = option(100, "world", "horizon, steps")
     task_set: str = option("pairs", "world", "pairs (Table A1), singles (A2), quad or tiny")
     body: str = option("point", "world", "point (A.1) or ant (A.2)")
-    compass: bool = option(False, "world", "name the ant's limbs by where they point", "ant")
 
     walker_updates: int = option(600, "walker", "PPO iterations of the ant's walker", "ant")
     walker_lr: float = option(1e-3, "walker", "learning rate of PPO", "ant")
@@ -142,6 +141,8 @@ _BASE = ("world", "walker", "demonstrations", "base")
 DEPENDS = {"walker": ("walker",), "base": _BASE, "control": (*_BASE, "split", "control"),
            "meta": (*_BASE, "split", "meta"), "policy": (*_BASE, "split", "meta", "rl", "policy"),
            "raw": (*_BASE, "rl", "raw")}
+# Fields of earlier versions that changed what a checkpoint learns, and what is done today.
+GONE = {"compass": False}
 STEPS = {"walker": "walker_updates", "base": "base_steps", "control": "control_steps",
          "meta": "meta_steps", "policy": "rl_updates", "raw": "rl_updates"}
 CHOICES = {"gate": ("soft", "gumbel"), "mixer": ("attention", "hawk"),
@@ -190,8 +191,8 @@ PRESETS = {
         evaluations=10),
     # The paper's own world, A.1 exactly, with a small network and control at mid-depth. Stage 1 and
     # C.3 are measured, and the base shipped. Stage 2 was measured in pieces on a poorer base of
-    # joined demonstrations, where codes come to name pairs and the gate to open at their ends, and
-    # not on this one; stage 3 is a guess (docs/results.md).
+    # joined demonstrations, where codes come to name pairs and the gate to open at their ends, not
+    # on this one (on one made from it they became addresses); stage 3 is a guess (docs/results.md).
     "grid-pairs": Config(
         width=256, layers=4, heads=4, hidden=512, relative=True, lam=0., warmup=100, decay=.5,
         base_steps=40_000, base_batch=64, base_lr=3e-3,
@@ -205,7 +206,7 @@ PRESETS = {
     "grid-paper": Config(),
     # The ant on a laptop: chosen on seeds 0 to 2.
     "ant-small": Config(
-        body="ant", compass=True, G=4, O=4, W=1, T=500, task_set="singles",
+        body="ant", G=4, O=4, W=1, T=500, task_set="singles",
         demonstrations=16_000, mixer="hawk", width=96, layers=4, heads=4, hidden=256,
         relative=True, lam=.2, warmup=100, decay=.5, thin=.92, turn=True,
         base_steps=14_000, base_batch=32, base_lr=1e-2,
@@ -230,7 +231,7 @@ PRESETS = {
 def world_of(cfg):
     """The World that a Config describes."""
     return World(G=cfg.G, O=cfg.O, W=cfg.W, T=cfg.T, task_set=cfg.task_set, post=cfg.post_task,
-                 body=cfg.body, compass=cfg.compass)
+                 body=cfg.body)
 
 
 def memory_needed(cfg):

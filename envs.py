@@ -75,7 +75,7 @@ class World:
 
     G: side of the grid; O: colours; W: walls; T: horizon in steps; task_set: a key of TASK_SETS;
     post: another post-training task than the task set's own, such as "0-1-2"; body: a key of
-    WORLDS, "point" (A.1) or "ant" (A.2); compass: see ant.AntWorlds.
+    WORLDS, "point" (A.1) or "ant" (A.2).
     """
     G: int = 7
     O: int = 8
@@ -84,7 +84,6 @@ class World:
     task_set: str = "pairs"
     post: str = ""
     body: str = "point"
-    compass: bool = False
 
     def __post_init__(self):
         for field in fields(self):

@@ -30,7 +30,7 @@ import torch
 from tqdm import tqdm
 
 import parallel
-from config import DEPENDS, STEPS, Config, Refused
+from config import DEPENDS, GONE, STEPS, Config, Refused
 
 ASSETS = Path(__file__).parent / "assets"  # <preset>/seed<k>/: checkpoints that are shipped
 
@@ -145,8 +145,8 @@ def difference(run, name, theirs):
     """The first field in which a checkpoint's fingerprint differs from what this run asks for:
     (field, theirs, ours), or None. A field that the checkpoint does not know is younger than it:
     it was made with that field's default."""
-    defaults = asdict(Config())
-    for key, ours in fingerprint(run, name).items():
+    defaults = asdict(Config()) | GONE
+    for key, ours in (fingerprint(run, name) | GONE).items():
         if theirs.get(key, defaults.get(key)) != ours:
             return key, theirs.get(key, defaults.get(key)), ours
     return None

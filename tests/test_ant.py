@@ -24,7 +24,6 @@ import train
 from ant import (
     CELL,
     HEIGHTS,
-    MOTORS,
     Ant,
     Ants,
     AntWorlds,
@@ -34,10 +33,8 @@ from ant import (
     ant_model,
     by_cells,
     cell_centres,
-    feel,
     gae,
     pose_of,
-    renamed,
     right_turns,
     symexp,
     turned,
@@ -328,14 +325,13 @@ def test_what_a_walker_feels_does_not_depend_on_place_and_direction():
     )
 
 
-@pytest.mark.parametrize("compass", [False, True])
 @pytest.mark.parametrize("g", range(8))
-def test_a_turned_ant_is_an_ant_in_a_turned_world(g, compass):
+def test_a_turned_ant_is_an_ant_in_a_turned_world(g):
     """Put an ant into the pose that a turned observation tells, into the turned world: it sees
     that, the turned torques move it alike, and a walker turns likewise."""
-    world, n, walker = dataclasses.replace(WORLD, compass=compass), 6, restless()
+    n, walker = 6, restless()
     w, other = (
-        AntWorlds(world, [(0, 1)] * n, *sample_layouts(WORLD, rng(), n), rng(1), threads=1)
+        AntWorlds(WORLD, [(0, 1)] * n, *sample_layouts(WORLD, rng(), n), rng(1), threads=1)
         for _ in range(2)
     )
     act = rng().uniform(-1, 1, (14, n, 8)).astype(np.float32)
@@ -362,9 +358,7 @@ def test_a_turned_ant_is_an_ant_in_a_turned_world(g, compass):
     )
     other.ants.qpos[:], other.ants.qvel[:] = pose_of(WORLD, seen), symexp(seen[:, 13:27])
     heading = np.tile([0.6, 0.8], (n, 1))
-    torques = lambda worlds, heading: renamed(
-        MOTORS, worlds.shift(), walker.walk(0.0)(worlds.ants.felt(heading))
-    )
+    torques = lambda worlds, heading: walker.walk(0.0)(worlds.ants.felt(heading))
     for action in act[10:]:
         seen, action_there = look(action)
         assert np.allclose(seen, other.obs(), atol=1e-4)
@@ -377,37 +371,7 @@ def test_a_turned_ant_is_an_ant_in_a_turned_world(g, compass):
         ]
         assert torch.allclose(*values, atol=1e-4) and values[0].std() > 0.01
         for worlds, a in ((w, action), (other, action_there)):
-            worlds.ants.step(np.arange(n), renamed(MOTORS, -worlds.shift(), a))
-
-
-def test_legs_named_by_the_compass_are_the_same_ant():
-    """The same physics, bit for bit; the torso seems to face east; whoever feels the pose that
-    is seen does what he would do, under these names."""
-    n, walker = 8, restless()
-    things, agent = sample_layouts(WORLD, rng(), n)
-    plain, compass = (
-        AntWorlds(world, [(0, 1)] * n, things, agent, rng(1), threads=1)
-        for world in (WORLD, dataclasses.replace(WORLD, compass=True))
-    )
-    named = set()
-    for action in rng(2).uniform(-1, 1, (60, n, 8)).astype(np.float32):
-        k, obs = compass.shift(), compass.obs()
-        named |= set(k.tolist())
-        qpos, heading = pose_of(WORLD, obs), np.tile([0.6, 0.8], (n, 1))
-        assert (
-            np.abs(2 * np.arctan2(qpos[:, 6], qpos[:, 3])).max() <= np.pi / 4 + 1e-5
-            and not plain.shift().any()
-        )
-        torques = walker.walk(0.0)(feel(qpos, symexp(obs[:, 13:27]), heading))
-        assert np.allclose(
-            torques, renamed(MOTORS, k, walker.walk(0.0)(plain.ants.felt(heading))), atol=1e-4
-        )
-        plain.step(action)
-        compass.step(renamed(MOTORS, k, action))
-        assert np.array_equal(plain.ants.qpos, compass.ants.qpos)
-    assert len(named) >= 3  # several names were in use
-    with pytest.raises(config.Refused, match="compass"):
-        train.parse(["--preset", "smoke", "--compass", "True"])
+            worlds.ants.step(np.arange(n), a)
 
 
 def test_what_the_embedding_adds_is_what_a_walker_feels_and_how_far_things_are():

@@ -529,6 +529,14 @@ def test_a_checkpoint_older_than_a_field_is_opened_with_its_default(finished, mo
     assert cfg.rl_lr == 0.5  # a metacontroller does not depend on it
 
 
+def test_a_checkpoint_made_with_an_option_that_is_gone_is_refused(tmp_path):
+    run = train.parse([*TINY, "--out", str(tmp_path)])[0]
+    ours = runs.fingerprint(run, "base")
+    assert runs.difference(run, "base", ours) is None
+    assert runs.difference(run, "base", ours | {"compass": False}) is None
+    assert runs.difference(run, "base", ours | {"compass": True}) == ("compass", True, False)
+
+
 def test_rivals_have_files_of_their_own(finished, tmp_path, capsys):
     folder = copied(finished, tmp_path)
     line = [*TINY, "--out", str(tmp_path / "runs"), "--rival"]
