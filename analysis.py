@@ -253,7 +253,7 @@ def transplant(base, meta, world, rng, n):
         """tasks (N,): their last colour is the code's; late(worlds), playing(data): (N,) bool, is
         the code steering now, and was it ever to."""
         drawn = [given[task[-1]] for task in tasks]  # each (m, n_z)
-        codes = torch.stack([codes[rng.integers(len(codes))] for codes in drawn])  # (N, n_z)
+        codes = torch.stack([own[rng.integers(len(own))] for own in drawn])  # (N, n_z)
         layouts = sample_layouts(world, rng, n)
 
         def put_in(e, state, worlds, rows):

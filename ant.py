@@ -82,7 +82,7 @@ IN_CELL = slice(-2, None)  # x, y in the ant's own cell, in half cells: -1 to 1
 BODY, MOTION = slice(0, 13), slice(13, 27)  # of these: qpos from z on, and qvel
 
 
-def senses(world):
+def observation_size(world):
     """F, the length of an observation."""
     return 29 + 2 * (world.O + world.W) + 2
 
@@ -280,7 +280,7 @@ def ant_symmetries():
     return A, B
 
 
-def turned(g, obs, action):
+def turned(world, g, obs, action):
     """Steps seen and done in a turned world, for train.view_of: g (B, T), obs (B, T, F), action
     (B, T, 8) -> the same shapes. All but the torso turns; its limbs are renamed so that they
     follow."""
@@ -374,7 +374,7 @@ class AntPinpad(Pinpad):
     def __init__(self, render_mode=None, **rules):
         paper = {"G": 4, "O": 4, "W": 1, "T": 500, "task_set": "singles"}
         super().__init__(render_mode, **{**paper, **rules})
-        size = (senses(self.world),)
+        size = (observation_size(self.world),)
         self.observation_space = gym.spaces.Box(-10, 10, size, np.float32)  # symlog(22,000) = 10
         self.action_space = gym.spaces.Box(-1, 1, (8,), np.float32)
 
@@ -568,15 +568,14 @@ def walker_step(walker, optimizer, rng, n=64, steps=128, epochs=4, minibatches=8
             speed.append(along.mean())
             # Before the heading turns or anyone is put elsewhere.
             after = walker.critic(torch.from_numpy(then))
-            over, reward = torch.from_numpy(over), torch.from_numpy(reward).float()
-            turns = over.numpy() | (rng.random(n) < .02)  # a new heading, every 50 steps or so
+            turns = over | (rng.random(n) < .02)  # a new heading, every 50 steps or so
             # Where the heading turns, what follows belongs to another walk: the sum stops.
             logp = gaussian_logp(action, mean, walker.log_std)
-            outcome = reward + gamma * after * ~over
+            outcome = torch.from_numpy(reward).float() + gamma * after * torch.from_numpy(~over)
             record.append((felt, action, logp, walker.critic(felt), outcome,
                            torch.from_numpy(turns)))
             if over.any():
-                ants.place(rng, rows[over.numpy()], np.zeros((int(over.sum()), 2)))
+                ants.place(rng, rows[over], np.zeros((over.sum(), 2)))
             heading[turns] = headings(turns.sum())
         # Each (steps, n, ...).
         felt, action, logp, value, outcome, turns = (torch.stack(x) for x in zip(*record))
@@ -811,7 +810,7 @@ class BodyEmbedding(nn.Module):
 def ant_parts(world, relative):
     """See grid.grid_parts. NOT in paper: scale 1 instead of 0.1, so that e_0 has about unit
     variance."""
-    size = senses(world)
+    size = observation_size(world)
     return (lambda width: BodyEmbedding(size, world.G, world.K, width) if relative
             else linear(size, width, 1.),
             lambda width: GaussianHead(width, 8),
@@ -892,10 +891,12 @@ def right_turns(walker, world, data, action):
 # ------------------------------------------------------------------------------------------ 10. Ant
 
 class Ant:
-    """What the stages of train.py need to know of this body; grid.Grid says what each is."""
+    """What the stages of train.py need to know of this body; grid.Grid says what each is, but for
+    thin and forget, the ant's alone."""
     parts = staticmethod(ant_parts)
     expert = staticmethod(expert)
     thin = staticmethod(thinned)
+    turned = staticmethod(turned)
     checkpoints = ("walker",)
 
     @staticmethod
@@ -910,14 +911,11 @@ class Ant:
             raise Refused(f"--demonstrations {cfg.demonstrations} must be more than the {HELD_OUT} "
                           f"held out")
         # Two sets of episodes of 100 steps and more, in float32.
-        needed = 2 * cfg.demonstrations * 100 * 4 * (senses(world_of(cfg)) + 8)
+        floats = observation_size(world_of(cfg)) + 8  # of a step
+        needed = 2 * cfg.demonstrations * 100 * 4 * floats
         if needed > shutil.disk_usage(".").free:
             raise Refused(f"--demonstrations {cfg.demonstrations} takes at least "
                           f"{needed / 2 ** 30:,.0f} GiB, more than the disk has free")
-
-    @staticmethod
-    def turned(world, g, obs, action):
-        return turned(g, obs, action)
 
     @staticmethod
     def source(run, clean):

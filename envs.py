@@ -12,12 +12,12 @@ K = O+W+1)
   obs       things and agent side by side: where each of the K is (..., K)   see `one_hot`
   contents  what lies in a cell: -1 nothing, 0..O-1 colour, O wall   (N, C)
   dist      steps from a cell to a colour, avoiding the rest     (N, O, C)
-  target    the colour to visit next                             (N,)
+  target    the colour to visit next                             (N,) or (N, T)
   progress  how many colours of the task are visited             (N,) or (N, T)
-  subgoal   index into World.subgoals, of the one in progress    (N, T)
-  segment   how many subgoals of the task are finished           (N, T)
-  body      what moves on the board: a point, or the ant of ant.py; hooks for a body (senses,
-            poses, physics) can be skipped in reading
+  subgoal   index into World.subgoals, of the one in progress    (N,) or (N, T)
+  segment   how many subgoals of the task are finished           (N,) or (N, T)
+  body      what moves on the board: a point, or the ant of ant.py; its hooks
+            (no_action, senses, rng, threads) can be skipped in reading
   S, J      number of subgoals; of colours asked about at once
 Cells are numbered row by row: cell = row * G + column. Actions: 0 up, 1 right, 2 down, 3 left.
 """
@@ -220,7 +220,7 @@ class GridWorlds:
     nothing more.
 
     tasks: N tuples of colours; things, agent as from `sample_layouts`; rng and threads are the
-    ant's. Arrays, each (N,): agent, progress, steps, done, success.
+    ant's. Arrays, each (N,): agent, progress, steps, done, success; colours, of each task.
     """
     no_action = np.zeros((), np.int64)  # one action: its shape and dtype
     senses = False  # True: obs() is more than `things` and `agent` and must be recorded
@@ -228,8 +228,8 @@ class GridWorlds:
     def __init__(self, world, tasks, things, agent, rng=None, threads=None):
         n = len(agent)
         self.world, self.things, self.agent = world, things, agent.copy()
-        self.length = np.array([len(task) for task in tasks])
-        columns = self.length.max() + 1  # one spare column: the target after the last is "none"
+        self.colours = np.array([len(task) for task in tasks])
+        columns = self.colours.max() + 1  # one spare column: the target after the last is "none"
         self.task = np.full((n, columns), -2)
         self.label = np.full((n, columns, 2), -1)  # (subgoal, segment) of each colour of the task
         for task in set(tasks):  # few different tasks, many worlds
@@ -272,7 +272,7 @@ class GridWorlds:
         self.agent = cell
         self.progress += right
         self.steps += ~self.done
-        success = right & (self.progress == self.length)
+        success = right & (self.progress == self.colours)
         terminated = success | (visited & ~right) | failed
         truncated = ~terminated & ~self.done & (self.steps >= self.world.T)
         self.success |= success

@@ -116,7 +116,7 @@ def all_streams(base, obs):
     """e_t,0 .. e_t,L: obs (B, T, K) -> a list of (B, T, D)."""
     streams = [base.embed(obs)]
     for layer in range(len(base.blocks)):
-        streams.append(base.through(layer, layer + 1, streams[-1], None, None))
+        streams.append(base.through(layer, layer + 1, streams[-1]))
     return streams
 
 
@@ -443,7 +443,3 @@ def main(argv=None):
         print("\nanalysis.py: stopped; the same command goes on", file=sys.stderr)
         return 130
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

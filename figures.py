@@ -32,7 +32,7 @@ from config import Parser, Refused, world_of
 from envs import PALETTE
 from internal_rl import internal_episodes
 from metacontroller import BETA_THRESHOLD
-from results import CURVES, logs, ready, write_results
+from results import SHORT, logs, ready, write_results
 from runs import ASSETS, EVAL_SEED, seed_everything
 
 METHODS = {"policy": "internal RL", "policy-forced": "forced switching",
@@ -109,7 +109,8 @@ def draw_success(seeds, to):
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), width_ratios=(1, 1, 1.4))
     ends = []
     for (name, label), colour in zip(METHODS.items(), COLOURS):
-        curves = [dict(seed[CURVES[name]]) for seed in seeds if seed.get(CURVES[name])]
+        found = [seed.get(f"{SHORT[name]}_curve") for seed in seeds]
+        curves = [dict(curve) for curve in found if curve]
         if not curves:
             continue
         if len(curves) < 4:  # each of them
@@ -137,9 +138,8 @@ def draw_success(seeds, to):
     axes[0].set(ylabel="success, post-training task")
     label_ends(axes[0], ends, .12)
     shown = 0
-    for key, (label, colour) in zip(("rl_success", "forced_success", "cotrain_success",
-                                     "compile_success", "raw_success"),
-                                    zip(METHODS.values(), COLOURS)):
+    for (name, label), colour in zip(METHODS.items(), COLOURS):
+        key = f"{SHORT[name]}_success"
         ran = [seed for seed in seeds if seed.get(key) is not None]
         for k, seed in enumerate(ran):
             draw_share(axes[2], shown + .1 * k, seed[key], seed["eval_episodes"], color=colour,
@@ -282,7 +282,8 @@ def draw_layers(rows, to):
 
 
 def by_seed(rows, key, value):
-    """{seed: [value of each row, in the order of key]}: rows of a table -> (seeds, points)."""
+    """Rows of a table -> a list for each (seed, meta_seed), of its values in the order of key. What
+    has not all of its points yet is left out."""
     found = {}
     for row in sorted(rows, key=lambda row: row[key]):
         found.setdefault((row["seed"], row.get("meta_seed", 0)), []).append(row[value])

@@ -267,7 +267,7 @@ class CompILE(nn.Module):
         embedded, z, beta, kl_steps = self.encoder.embed(obs), 0., 0., 0.
         for i in range(self.segments):
             begun = begin.cumsum(1)  # (B, T+1): does t lie behind the segment's beginning?
-            e = self.encoder.through(0, self.encoder.layer, embedded * begun[..., None], None, None)
+            e = self.encoder.through(0, self.encoder.layer, embedded * begun[..., None])
             # An end lies behind the beginning, and is no later than the last observation.
             possible = F.pad(begun[:, :-1], (1, 0)) + end
             logits = self.end(e)[..., 0].float() + possible.clamp(1e-8, 1).log()  # (B, T+1)

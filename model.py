@@ -305,7 +305,7 @@ class SequenceModel(nn.Module):
         self.obs_head = obs_head(width) if lam > 0 else None
         self.continuous = isinstance(self.action_head, GaussianHead)
 
-    def through(self, first, last, x, caches, t):
+    def through(self, first, last, x, caches=None, t=None):
         """Blocks first+1 .. last on x (B, T, D); with `caches`, one for each of these blocks,
         step t alone."""
         if self.bias is None:

@@ -40,7 +40,7 @@ def tell(world, data, success, env):
     print("step  target  action  gate          code")
     for t in range(T):
         beta, code = env.gates[0, t].item(), env.codes[0, t].tolist()
-        opened = t == 0 or beta > BETA_THRESHOLD
+        opened = beta > BETA_THRESHOLD
         action = data.action[0, t]
         name = ACTIONS[action] if np.ndim(action) == 0 else "torques"
         numbers = " ".join(f"{x:5.1f}" for x in code) if opened else "  (as before)"
@@ -61,7 +61,8 @@ def main(argv=None):
     try:
         if not (folder / "policy.pt").exists():
             raise Refused(f"there is no policy.pt in {folder}: train one by `python train.py "
-                          f"--preset {args.preset}`, then `python play.py --out runs`")
+                          f"--preset {args.preset}`, then `python play.py "
+                          f"--preset {args.preset} --out runs`")
         if args.seed < 0:
             raise Refused(f"--seed must not be negative, and is {args.seed}")
         body, world, data, success, env = episode(folder, args.task, args.seed)

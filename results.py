@@ -15,9 +15,9 @@ import train
 from experiments import EXPERIMENTS
 from runs import finished, load_checkpoint, read_log
 
-CURVES = {"policy": "rl_curve", "policy-forced": "forced_curve",
-          "policy-cotrain": "cotrain_curve", "policy-compile": "compile_curve",
-          "raw": "raw_curve"}
+# How the keys of results.json begin: rl_curve, rl_success and so on.
+SHORT = {"policy": "rl", "policy-forced": "forced", "policy-cotrain": "cotrain",
+         "policy-compile": "compile", "raw": "raw"}
 
 
 # --------------------------------------------------------------------------------------- 1. a seed
@@ -96,9 +96,9 @@ def seed_results(folder):
         "cotrain_plain_success": cells.get(("cotrained", False), {}).get("success"),
         "blind_success": plain.get("blind_success"), "minutes": seconds / 60,
         "base_minutes": base.get("seconds", 0) / 60}
-    for name, key in CURVES.items():
+    for name, short in SHORT.items():
         if ready(folder, name):
-            numbers[key] = [[line["episodes"], line["eval_success"]]
+            numbers[f"{short}_curve"] = [[line["episodes"], line["eval_success"]]
                             for line in read_log(folder, name)]
     if cotrained:
         numbers.setdefault("cotrain_curve", cotrained["rl_curve"])

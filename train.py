@@ -199,17 +199,17 @@ def view_of(batch, world, symmetric, splice, join, hold=0.):
     joined = (draw() < join) & ~spliced
     # In pairs, so that the shares of several processes (parallel.py) hold both of each.
     other = (rows ^ 1).clamp(max=B - 1)  # (B, 1)
-    others = length[other[:, 0]]  # (B, 1) its length
+    their_length = length[other[:, 0]]  # (B, 1)
     # (B, 1) where this episode is entered
-    entered = torch.minimum((draw() * length).long(), others) * spliced
-    past = torch.where(joined, others + 1, entered)  # (B, 1) how many steps are the other's
+    entered = torch.minimum((draw() * length).long(), their_length) * spliced
+    past = torch.where(joined, their_length + 1, entered)  # (B, 1) how many steps are the other's
     ends = past + length - entered  # (B, 1)
     if join:  # a CUDA graph can't ask how long the longest is
         recording = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         T = 2 * T + 1 if recording else max(T, int(ends.max()))
     t = torch.arange(T + 1, device=device)  # (T'+1,)
     foreign = t < past  # (B, T'+1)
-    theirs = torch.where(joined, t, others - past + t)  # (B, T'+1)
+    theirs = torch.where(joined, t, their_length - past + t)  # (B, T'+1)
     seen_row = torch.where(foreign, other, rows)  # (B, T'+1)
     seen_step = torch.where(foreign, theirs, entered + t - past).clamp(0, mask.shape[1])
     seen = obs[seen_row, seen_step]  # (B, T'+1, K)
@@ -604,12 +604,11 @@ def evaluate(run):
             codes = torch.eye(len(world.subgoals), device=run.device)
             rate = control_success(base, control(run), codes, world, fresh(), n)[0]
             rows["control_success"] = "true-subgoal controllers (C.3)", rate
+        rows |= body.evaluated(run, n)
     if finished(run, "meta" + kind):
         base, meta = discover(run)
         rate = internal_episodes(base, meta, world, fresh(), n)[1].mean()
         rows["code_success"] = "codes from the prior, before RL", rate
-    if not kind and finished(run, "base"):
-        rows |= body.evaluated(run, n)
     if finished(run, "policy" + kind):
         title = {"": "internal RL", "-forced": "internal RL, forced switching",
                  "-cotrain": "internal RL, co-trained base",

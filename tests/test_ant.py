@@ -345,6 +345,7 @@ def test_a_turned_ant_is_an_ant_in_a_turned_world(g):
     look = lambda action: [
         x[:, 0].numpy()
         for x in turned(
+            w.world,
             torch.full((n, 1), g),
             torch.from_numpy(w.obs())[:, None],
             torch.from_numpy(action)[:, None],

@@ -293,10 +293,10 @@ def test_the_metacontroller_reads_the_controlled_layer_uncontrolled_and_writes_i
     base = SequenceModel(grid_parts(WORLD, False), 32, 3, 4, 48, 8, 2).requires_grad_(False)
     meta, data = metacontroller(), batch()
     _, out = loss_of(base, meta, data)
-    e = base.through(0, 2, base.embed(data["obs"]), None, None)
+    e = base.through(0, 2, base.embed(data["obs"]))
     z, _, _, _ = meta(e, data["mask"].sum(1) + 1, torch.zeros(*data["action"].shape, 3))
     assert torch.equal(z, out["z"])
-    above = base.through(2, 3, meta.decoder(e[:, :-1], z), None, None)
+    above = base.through(2, 3, meta.decoder(e[:, :-1], z))
     nll = action_nll(base.action_head(base.norm(above)), data["action"])
     assert torch.allclose(out["nll"], nll[data["mask"]].mean())
 

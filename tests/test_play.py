@@ -17,6 +17,14 @@ def test_the_readme_shows_what_play_prints(capsys):
     assert len(shown) == 5 and {line[:22] for line in shown} <= {line[:22] for line in printed}
 
 
+def test_the_first_exercise_of_the_course_runs(capsys):
+    course = (ROOT / "docs" / "course.md").read_text()
+    lines = re.search(r'python -c "\n(import play.*?)"\n```', course, re.S).group(1)
+    exec(lines.replace("range(20)", "range(1)"), {})
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 2 and all(line.startswith("0 0-1") for line in printed), printed
+
+
 def test_boards_tasks_and_films(tmp_path, capsys):
     assert play.main(["--seed", "2"]) == 0 and "success" in capsys.readouterr().out
     assert play.main(["--task", "0-2-1"]) == 0  # nothing tells the policy of it
