@@ -99,7 +99,7 @@ def seed_results(folder):
     for name, short in SHORT.items():
         if ready(folder, name):
             numbers[f"{short}_curve"] = [[line["episodes"], line["eval_success"]]
-                            for line in read_log(folder, name)]
+                                         for line in read_log(folder, name)]
     if cotrained:
         numbers.setdefault("cotrain_curve", cotrained["rl_curve"])
     own = ("expert_success", "nll", "right_turns", "right_turns_bayes", "right_turns_blind",
