@@ -95,7 +95,7 @@ class Config:
     alpha: float = option(0.17, "meta", "weight of the KL")
     alpha_start: int = option(0, "meta", "steps before alpha begins to grow from 0")
     alpha_ramp: int = option(1500, "meta", "steps over which alpha then grows")
-    splice: float = option(0., "meta", "share of views with another's end, until alpha grows")
+    splice: float = option(0., "meta", "share of views with another's end, fading as alpha grows")
     hold: float = option(0., "meta", "share of steps that give no code, before the release")
     release: int = option(0, "meta", "steps without holding before alpha begins to grow")
     meta_steps: int = option(64_000, "meta", "optimiser steps")
