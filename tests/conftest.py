@@ -1,3 +1,4 @@
+import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
@@ -67,10 +68,28 @@ def command(out, *more):
     return [sys.executable, str(ROOT / "train.py"), *TINY, "--out", str(out), *more]
 
 
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory):
-    """A folder in which every stage has run once, uninterrupted, and what it printed."""
+# Processes that can be killed, without importing PyTorch in each.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["train", "torch._dynamo"])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def training(request, tmp_path_factory):
+    """What `finished` waits for, begun at once on the second core; None if nothing needs it."""
+    if not any("finished" in item.fixturenames for item in request.session.items):
+        yield None
+        return
+    multiprocessing.forkserver.ensure_running()  # it imports while the first tests run
     out = tmp_path_factory.mktemp("finished")
-    done = subprocess.run(command(out), capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    return out, done.stdout
+    with subprocess.Popen(command(out), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        yield out, process
+        process.kill()
+
+
+@pytest.fixture(scope="session")
+def finished(training):
+    """A folder in which every stage has run once, uninterrupted, its output and its errors."""
+    out, process = training
+    printed = [stream.decode() for stream in process.communicate(timeout=200)]
+    assert process.returncode == 0, printed[1]
+    return out, *printed

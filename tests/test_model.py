@@ -341,14 +341,14 @@ def test_a_trained_model_stays_above_the_bayes_bound_and_comes_near_it():
     it has not learned."""
     world = World(G=3, O=3, W=0, T=12, task_set="tiny")
     torch.manual_seed(0)
-    model = SequenceModel(grid_parts(world, False), 48, 2, 2, 96, 16, 1)
+    model = SequenceModel(grid_parts(world, True), 48, 2, 2, 96, 16, 1)
     optimizer, rng = torch.optim.AdamW(model.parameters(), lr=3e-3), np.random.default_rng(0)
     to = lambda data: (
         torch.from_numpy(data.obs()),
         torch.from_numpy(data.action),
         torch.from_numpy(data.mask()),
     )
-    for _ in range(450):
+    for _ in range(200):
         loss, _ = pretraining_loss(model, *to(generate(world, rng, 96)))
         optimizer.zero_grad()
         loss.backward()

@@ -1,16 +1,18 @@
 """How a run is kept: checkpoints are whole or refused, sizes that can't work are refused, stopping
 loses nothing, results do not vanish."""
 
+import contextlib
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 import torch
-from conftest import ROOT, TINY, command
+from conftest import FORKS, ROOT, TINY
 from test_train import NAMES, copied, edited, refused
 
 import config
@@ -123,11 +125,8 @@ def test_files_of_others_are_refused_in_one_sentence(tmp_path, recwarn):
 
 
 def test_a_torchscript_archive_is_refused_without_a_word_of_pytorchs(tmp_path):
-    code = (
-        "import torch, warnings; warnings.simplefilter('ignore');"
-        "torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), 'meta.pt')"
-    )
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
+    with warnings.catch_warnings(action="ignore"):
+        torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "meta.pt")
     asked = subprocess.run(
         [
             sys.executable,
@@ -261,32 +260,27 @@ def test_out_of_memory_later_on_is_one_sentence(tmp_path, capsys, monkeypatch, e
 # ----------------------------------------------------------------------------- stopping, going on
 
 
+def trained(line, errors):
+    """In a process of its own, which heeds Ctrl-C; what a shell begins with & ignores it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with errors.open("w") as file, contextlib.redirect_stderr(file):
+        sys.exit(train.main(line))
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_stopping_saves_the_step_that_was_under_way(tmp_path, number):
     folder = tmp_path / "smoke" / "seed0"
-    line = command(
-        tmp_path,
-        "--stage",
-        "pretrain",
-        "--base_steps",
-        "100000",
-        "--save_seconds",
-        "3600",
-        "--evaluations",
-        "100000",
-    )
-    process = subprocess.Popen(
-        line,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+    often = ["--base_steps", "100000", "--evaluations", "100000", "--save_seconds", "3600"]
+    line = [*TINY, "--out", str(tmp_path), "--stage", "pretrain", *often]
+    process = FORKS.Process(target=trained, args=(line, tmp_path / "errors"))
+    process.start()
     while not (folder / "base.jsonl").exists() or len(runs.read_log(folder, "base")) < 20:
+        assert process.is_alive()
         time.sleep(0.01)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=30)
-    assert process.returncode == 128 + number and "base is saved at step" in err, err
+    os.kill(process.pid, number)
+    process.join(timeout=30)
+    err = (tmp_path / "errors").read_text()
+    assert process.exitcode == 128 + number and "base is saved at step" in err, err
     step = torch.load(folder / "base.pt", weights_only=True)["step"]
     assert step == runs.read_log(folder, "base")[-1]["step"] >= 20  # nothing is lost
     assert f"step {step};" in err and "Traceback" not in err
@@ -365,16 +359,16 @@ def test_the_output_begins_with_what_differs_and_has_a_table_that_fits(finished)
     assert "gate" not in raw  # raw RL has none
 
 
-def test_a_log_in_a_file_is_made_of_lines(tmp_path):
-    done = subprocess.run(command(tmp_path, "--stage", "pretrain"), capture_output=True)
-    assert done.returncode == 0 and b"\r" not in done.stdout + done.stderr
-    assert b"  base     70  nll" in done.stdout
+def test_a_log_in_a_file_is_made_of_lines(finished):
+    _, out, err = finished
+    assert "\r" not in out + err and "\n  base     70  nll" in out
 
 
-def test_help_names_groups_defaults_and_presets():
-    text = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), "--help"], capture_output=True, text=True
-    ).stdout
+def test_help_names_groups_defaults_and_presets(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
     for word in (
         "stage 2: the metacontroller",
         "the world (A.1.2",

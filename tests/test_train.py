@@ -3,7 +3,6 @@ smoke preset."""
 
 import dataclasses
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, command
+from conftest import FORKS, TINY, command
 from test_metacontroller import WORLD, batch
 
 import config
@@ -26,9 +25,6 @@ from model import pretraining_loss
 from train import view_of
 
 NAMES = ("base", "control", "meta", "policy", "raw")
-# Processes that can be killed, without importing PyTorch in each.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["train", "torch._dynamo"])
 
 
 def weights(out, name):
@@ -40,7 +36,7 @@ def same(a, b):
 
 
 def test_one_command_runs_every_stage_and_ends_with_the_comparison(finished):
-    out, text = finished
+    out, text, _ = finished
     folder = out / "smoke" / "seed0"
     assert sorted(path.name for path in folder.iterdir()) == sorted(
         [f"{name}.{kind}" for name in NAMES for kind in ("pt", "jsonl")] + ["eval.json"]
@@ -97,7 +93,7 @@ def test_the_precision_is_measured_unless_it_is_asked_for(capsys):
 
 
 def test_a_finished_stage_is_reused_and_fresh_starts_again(finished, tmp_path, capsys):
-    out, _ = finished
+    out = finished[0]
     before = {name: (out / "smoke" / "seed0" / f"{name}.pt").stat().st_mtime_ns for name in NAMES}
     line = [*TINY, "--out", str(out), "--stage", "discover"]
     assert train.main(line) == 0
@@ -128,7 +124,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_weights(
 ):
     """kill -9 at random moments, several times, then to the end: bit for bit the weights of the
     uninterrupted run."""
-    out, _ = finished
+    out = finished[0]
     folder = tmp_path / "smoke" / "seed0"
     folder.mkdir(parents=True)
     needed = {
