@@ -20,8 +20,7 @@ from experiments import Probes, all_streams, unseen_legs
 def run(tmp_path_factory):
     cfg = train.dataclasses.replace(
         config.PRESETS["smoke"], base_steps=16, control_steps=3, meta_steps=20, rl_updates=2,
-        rl_batch=16, eval_episodes=20, evaluations=1,
-        threads=1,
+        rl_batch=16, eval_episodes=20, evaluations=1, threads=1
     )
     one = runs.Run(cfg, "smoke", tmp_path_factory.mktemp("runs") / "seed0")
     experiments.probe(one, steps=30)

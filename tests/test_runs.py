@@ -272,7 +272,7 @@ def test_stopping_saves_the_step_that_was_under_way(tmp_path, number):
     folder = tmp_path / "smoke" / "seed0"
     often = ["--base_steps", "100000", "--evaluations", "100000", "--save_seconds", "3600"]
     line = [*TINY, "--out", str(tmp_path), "--stage", "pretrain", *often]
-    process = FORKS.Process(target=trained, args=(line, tmp_path / "errors"))
+    process = FORKS.Process(target=trained, args=(line, tmp_path / "errors"), daemon=True)
     process.start()
     while not (folder / "base.jsonl").exists() or len(runs.read_log(folder, "base")) < 20:
         assert process.is_alive()
