@@ -326,6 +326,7 @@ class AntWorlds(GridWorlds):
         self.ants = Ants(len(agent), threads)
         inside = rng.uniform(-.5, .5, (len(agent), 2)) * CELL
         self.ants.place(rng, self.rows, self.centres[agent] + inside)
+        self.tremor = np.zeros((len(agent), 8), np.float32)  # added to actions, see ant_expert
 
     def position(self):
         """(N, 2) metres."""
@@ -346,7 +347,7 @@ class AntWorlds(GridWorlds):
     def step(self, action):
         """action (N, 8) in [-1, 1]; those of finished worlds are ignored. As GridWorlds.step."""
         alive = np.flatnonzero(~self.done)
-        self.ants.step(alive, action[alive])
+        self.ants.step(alive, action[alive] + self.tremor[alive])
         x, y = self.position().T
         off = ~((np.abs(x) < self.half) & (np.abs(y) < self.half))
         row, column = ((np.where(off, 0, v) + self.half) // CELL for v in (-y, x))
@@ -486,18 +487,23 @@ class Walker(nn.Module):
         return self.value(seen)[..., 0].mean(0)  # (8, n, 1) -> (n,)
 
     def walk(self, noise):
-        """`walk` for ant_expert, in NumPy: a ~ N(mean, (noise * std)^2); 0: cleanly (C.4.4)."""
+        """`walk` for ant_expert, in NumPy: the mean, and a ~ N(mean, (noise * std)^2)."""
         @torch.no_grad()
         def walk(felt):
             mean = self.actor(torch.from_numpy(felt))
             action = mean + noise * self.log_std.exp() * torch.randn_like(mean)
-            return action.clamp(-1, 1).numpy()  # what the motors can do
+            return [x.clamp(-1, 1).numpy() for x in (mean, action)]  # what the motors can do
         return walk
 
 
 def ant_expert(world, dist, rng, walk, stuck):
     """`act` for `simulate`: walk to the centre of the next cell on a shortest path; from anywhere
-    in a cell that line stays within the two cells. walk(felt (n, 29)) -> torques (n, 8).
+    in a cell that line stays within the two cells. walk(felt (n, 29)) -> torques (n, 8), as they
+    are meant and as they are done.
+
+    NOT in paper: what a demonstration records is meant; noise moves the ant besides (DART, arXiv
+    1703.09327). So the base sees where noise leads, and does not learn to walk with it, which costs
+    a sixth of the success (docs/notes.md, section 6).
 
     Among equally short ways an episode prefers, in each cell, one drawn at its start: an ant that
     reconsidered at every step would stagger.
@@ -514,7 +520,9 @@ def ant_expert(world, dist, rng, walk, stuck):
         ahead = goal - worlds.position()[alive]
         heading = np.zeros((len(worlds.done), 2))
         heading[alive] = ahead / np.linalg.norm(ahead, axis=1, keepdims=True).clip(1e-6)
-        return walk(worlds.ants.felt(heading)[alive])
+        meant, done = walk(worlds.ants.felt(heading)[alive])
+        worlds.tremor[alive] = done - meant
+        return meant
     return act
 
 
@@ -665,7 +673,7 @@ def join_portions(folder, paths, wanted):
 
 
 class Demonstrations:
-    """Episodes of the expert of one kind, "noisy" (its own noise) or "clean" (C.4.4: mean action).
+    """Episodes of the expert of one kind, "noisy" (its own noise) or "clean" (C.4.4: none).
 
     Simulated once into a folder; refused if they were made by another walker, world or version of
     MuJoCo. Indexed by rows, they give Trajectories. sensed.f32 and action.f32 are raw float32
@@ -676,7 +684,8 @@ class Demonstrations:
         world, folder = world_of(run.cfg), run.folder / f"demonstrations-{kind}"
         rules = {name: x for name, x in dataclasses.asdict(world).items() if name != "post"}
         wanted = {"mujoco": version("mujoco"), "walker": digest(walker.state_dict()),
-                  "episodes": run.cfg.demonstrations, "seed": run.cfg.seed, **rules, **GONE}
+                  "episodes": run.cfg.demonstrations, "seed": run.cfg.seed, "actions": "as meant",
+                  **rules, **GONE}
         finished = (folder / "made.json").exists()
         parallel.wait()  # before anyone can finish them
         if not finished:
@@ -881,7 +890,7 @@ def right_turns(walker, world, data, action):
     for way in ((0, 1), (1, 0), (0, -1), (-1, 0)):  # up, right, down, left
         ahead = centre + CELL * np.array(way) - pose_of(world, obs)[:, :2]
         heading = ahead / np.linalg.norm(ahead, axis=1, keepdims=True)
-        torques = walker.walk(0.)(feel(pose_of(world, obs), symexp(obs[:, MOTION]), heading))
+        torques, _ = walker.walk(0.)(feel(pose_of(world, obs), symexp(obs[:, MOTION]), heading))
         away.append((((meant - torques) / walker.log_std.exp().numpy()) ** 2).sum(-1))
     guesses = {"right_turns": np.argmin(away, axis=0), "right_turns_bayes": optimal[n, m],
                "right_turns_blind": probs.sum(2).argmax(-1)[n, m]}

@@ -214,7 +214,7 @@ PRESETS = {
         layer=0, symmetric=True, splice=1., join=.5,
         rank=0, control_steps=1500, control_batch=32, control_lr=3e-3,
         n_h=64, switch_hidden=128, forget=.5, keep=.2, decoder_hidden=64, meta_rank=0,
-        meta_steps=4500, meta_batch=32, meta_lr=1.5e-3, alpha=.5, alpha_start=700,
+        meta_steps=4500, meta_batch=32, meta_lr=1.5e-3, alpha=5., alpha_start=700,
         alpha_ramp=3800, rl_updates=150, rl_batch=256, rl_lr=1e-3, std_lr=1e-2, raw_lr=3e-4,
         rl_epochs=2, evaluations=6, eval_episodes=256),
     # The paper's ant: A.2, Tables A5, A8, A10, A14. NOT in paper, which does not say how many

@@ -206,7 +206,7 @@ def test_the_expert_walks_shortest_paths_around_walls_and_wrong_colours():
     dist, stuck = distances(WORLD, things), np.zeros(n, bool)
     tasks = [WORLD.tasks[i % 16] for i in range(n)]
     w = AntWorlds(WORLD, tasks, things, agent, r, threads=1)
-    act = ant_expert(WORLD, dist, r, lambda felt: np.zeros((len(felt), 8)), stuck)
+    act = ant_expert(WORLD, dist, r, lambda felt: np.zeros((2, len(felt), 8)), stuck)
     headings = []
     w.ants.felt = lambda heading: headings.append(heading) or heading
     entered = np.zeros(n, int)
@@ -359,7 +359,7 @@ def test_a_turned_ant_is_an_ant_in_a_turned_world(g):
     )
     other.ants.qpos[:], other.ants.qvel[:] = pose_of(WORLD, seen), symexp(seen[:, 13:27])
     heading = np.tile([0.6, 0.8], (n, 1))
-    torques = lambda worlds, heading: walker.walk(0.0)(worlds.ants.felt(heading))
+    torques = lambda worlds, heading: walker.walk(0.0)(worlds.ants.felt(heading))[0]
     for action in act[10:]:
         seen, action_there = look(action)
         assert np.allclose(seen, other.obs(), atol=1e-4)
@@ -439,6 +439,23 @@ def walks():
     )
     assert success.mean() > 0.6
     return data[np.flatnonzero(success)], walker
+
+
+def test_what_is_meant_is_recorded_and_noise_moves_the_ant_besides(walks):
+    walker, n = walks[1], 40
+    things, agent = sample_layouts(WORLD, rng(5), n)
+    for noise in (0.0, 2.0):
+        w, felt = worlds(n), []
+        walk = walker.walk(noise)
+        heard = lambda x: felt.append(x) or walk(x)
+        act = ant_expert(WORLD, distances(WORLD, things), rng(5), heard, np.zeros(n, bool))
+        meant = act(w, np.arange(n))
+        assert np.allclose(meant, walker.walk(0.0)(felt[0])[1])
+        w.step(meant)
+        tremor = w.ants.ctrl - meant
+        free = np.abs(w.ants.ctrl) < 1  # not cut at what a motor can do
+        # Twice the walker's .2, less what is cut.
+        assert tremor.any() == (noise > 0) and (noise == 0 or 0.2 < tremor[free].std() < 0.45)
 
 
 def test_an_episode_cell_by_cell(walks):
