@@ -326,7 +326,7 @@ class AntWorlds(GridWorlds):
         self.ants = Ants(len(agent), threads)
         inside = rng.uniform(-.5, .5, (len(agent), 2)) * CELL
         self.ants.place(rng, self.rows, self.centres[agent] + inside)
-        self.tremor = np.zeros((len(agent), 8), np.float32)  # added to actions, see ant_expert
+        self.tremor = np.zeros((len(agent), 8), np.float32)  # (N, 8), added to actions: ant_expert
 
     def position(self):
         """(N, 2) metres."""
