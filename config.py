@@ -64,6 +64,8 @@ class Config:
     thin: float = option(0., "base", "share of each stage's steps that see thinned episodes", "ant")
     thin_batch: int = option(128, "base", "episodes per step while they are thinned", "ant")
     turn: bool = option(False, "base", "turn or reflect the base's episodes", "ant")
+    small: float = option(0., "base", "share of each stage's steps on smaller boards", "point")
+    small_side: int = option(5, "base", "side of those smaller boards", "point")
     base_join: float = option(0., "base", "share of the base's episodes that follow another one")
     warmup: int = option(0, "base", "steps of linear warm-up, in every supervised stage")
     decay: float = option(0., "base", "last share of every supervised stage: rate falls to 0")
@@ -149,9 +151,9 @@ CHOICES = {"gate": ("soft", "gumbel"), "mixer": ("attention", "hawk"),
            "dtype": ("auto", "float32", "bfloat16"), "device": ("auto", "cpu", "cuda")}
 MAY_BE_ZERO = ("W", "layer", "splice", "hold", "join", "base_join", "lam", "eps", "alpha",
                "alpha_start", "alpha_ramp", "alpha_b", "release", "rank", "meta_rank", "warmup",
-               "decay", "save_seconds", "seed", "threads", "thin", "forget", "keep", "base_wd",
-               "control_wd", "meta_wd", "meta_seed")
-SHARES = ("decay", "splice", "hold", "join", "base_join", "thin", "forget", "keep")
+               "decay", "small", "save_seconds", "seed", "threads", "thin", "forget", "keep",
+               "base_wd", "control_wd", "meta_wd", "meta_seed")
+SHARES = ("decay", "small", "splice", "hold", "join", "base_join", "thin", "forget", "keep")
 
 
 # --------------------------------------------------------------------------------------- 2. presets
@@ -298,6 +300,9 @@ def check(cfg, preset):
         if parallel.count() > 1 and used and getattr(cfg, name) % pairs:
             raise Refused(f"--{name} {getattr(cfg, name)} can't be shared by {parallel.count()} "
                           f"processes: it must be a multiple of {pairs}")
+    if cfg.small and (cfg.small_side > cfg.G or cfg.small_side ** 2 <= cfg.O):
+        raise Refused(f"--small_side {cfg.small_side} must be at most --G {cfg.G}, and such a board "
+                      f"must hold {cfg.O} colours and the agent")
     if cfg.layer > cfg.layers:
         raise Refused(f"--layer {cfg.layer} does not exist: the model has layers 0 to "
                       f"{cfg.layers}")
@@ -315,7 +320,8 @@ def check(cfg, preset):
     try:
         # On the grid, whatever the body: what can't be finished there can't be walked either.
         grid = dataclasses.replace(world_of(cfg), body="point")
-        generate(grid, np.random.default_rng(0), 8, cfg.eps)
+        for side in (0, cfg.small_side) if cfg.small else (0,):
+            generate(grid, np.random.default_rng(0), 8, cfg.eps, side=side)
     except ValueError as error:
         raise Refused(str(error)) from None
 

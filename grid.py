@@ -95,9 +95,10 @@ class Grid:
 
     @staticmethod
     def source(run, clean):
-        """`draw(rng, n) -> Trajectories`: n expert episodes to train on."""
+        """`draw(rng, n, side) -> Trajectories`: n expert episodes to train on; side: as in
+        envs.sample_layouts."""
         eps = 0. if clean else run.cfg.eps
-        return lambda rng, n: generate(world_of(run.cfg), rng, n, eps)
+        return lambda rng, n, side: generate(world_of(run.cfg), rng, n, eps, side=side)
 
     @staticmethod
     def examination(run, clean):

@@ -117,24 +117,27 @@ def batches(run, purpose, size, clean, first, last, keep=.1, seed=None):
     seed: of the batches; None: the run's.
     clean: demonstrations of the clean expert (C.4.4). The first share `thin` of the steps gets
     episodes cut by ant.thinned, its share growing to `keep`: a goal is found out the sooner, the
-    fewer steps it has to be remembered for.
+    fewer steps it has to be remembered for. The grid's first share `small` of the steps gets
+    episodes on smaller boards: where colours lie close, their order is found out sooner.
     Any step can be the first: what it contains depends on (seed, purpose, step) alone, and, with
-    `thin`, on last and keep. NOT in paper: with batches of similar length and losses averaged over
-    a batch's steps, a step in a batch of short episodes weighs more than one in a batch of long
-    ones. The logged NLLs are plain averages over the steps of unsorted test episodes.
+    `thin` or `small`, on last and keep. NOT in paper: with batches of similar length and losses
+    averaged over a batch's steps, a step in a batch of short episodes weighs more than one in a
+    batch of long ones. The logged NLLs are plain averages over the steps of unsorted test episodes.
     """
     cfg, body = run.cfg, BODIES[run.cfg.body]
     seed = cfg.seed if seed is None else seed
     draw = body.source(run, clean)
-    thin = thin_steps(cfg, last)
-    phases = ((cfg.thin_batch, first, thin), (size, max(first, thin), last))
-    for n, begin, end in phases:
+    thin, small = thin_steps(cfg, last), round(cfg.small * last)
+    early = max(thin, small)  # one is 0: thin is the ant's, small the grid's
+    phases = ((cfg.thin_batch if thin else size, cfg.small_side, first, early),
+              (size, 0, max(first, early), last))
+    for n, side, begin, end in phases:
         if begin >= end:
             continue
 
-        def drawn(chunk, n=n):  # in a worker, where there are any; n=n: this phase's
+        def drawn(chunk, n=n, side=side):  # in a worker, where there are any; n=n: this phase's
             rng = seed_everything(seed, purpose, chunk)
-            data = draw(rng, CHUNK * n)
+            data = draw(rng, CHUNK * n, side)
             # (CHUNK * n,) -> (CHUNK, n)
             by_length = data.length.argsort(kind="stable").reshape(CHUNK, n)
             return [data[rows] for rows in by_length[rng.permutation(CHUNK)]]

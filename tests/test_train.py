@@ -212,6 +212,8 @@ WRONG = {
     "a colour twice in a row": (["--post_task", "0-0"], "twice"),
     "eps of one": (["--eps", "1.0"], "eps"),
     "a hold that holds nothing": (["--hold", ".5", "--alpha_start", "9", "--release", "9"], "hold"),
+    "a smaller board that is larger": (["--small", ".5"], "--small_side 5"),
+    "a smaller board too small": (["--small", ".5", "--small_side", "1"], "--small_side 1"),
     "no such device": (["--device", "tpu"], "device"),
 }
 
@@ -567,10 +569,11 @@ def test_rivals_have_files_of_their_own(finished, tmp_path, capsys):
     )  # every part learns
 
 
-def test_any_step_can_be_the_first(tmp_path):
+@pytest.mark.parametrize("small", [0.0, 0.6])
+def test_any_step_can_be_the_first(tmp_path, small):
     """What a step trains on depends on (seed, stage, step) alone: the root of resuming bit for
     bit."""
-    cfg = train.PRESETS["smoke"]
+    cfg = train.dataclasses.replace(train.PRESETS["smoke"], small=small, small_side=2)
     run = train.Run(cfg, "smoke", tmp_path)
 
     def steps(first):
@@ -582,6 +585,9 @@ def test_any_step_can_be_the_first(tmp_path):
     whole, part = steps(0), steps(37)
     assert sorted(whole) == list(range(70)) and sorted(part) == list(range(37, 70))
     assert all(torch.equal(a, b) for step in part for a, b in zip(whole[step], part[step]))
+    places = [np.stack(np.divmod(obs[:, 0].numpy(), 3)) for obs, _ in whole.values()]
+    wide = [np.ptp(place, axis=-1).max() for place in places]
+    assert wide == [1] * round(small * 70) + [2] * round((1 - small) * 70)
 
 
 def test_batches_waste_little_on_padding_and_leave_nothing_out():
