@@ -301,7 +301,7 @@ def check(cfg, preset):
             raise Refused(f"--{name} {getattr(cfg, name)} can't be shared by {parallel.count()} "
                           f"processes: it must be a multiple of {pairs}")
     if cfg.small and (cfg.small_side > cfg.G or cfg.small_side ** 2 <= cfg.O):
-        raise Refused(f"--small_side {cfg.small_side} must be at most --G {cfg.G}, and such a board "
+        raise Refused(f"--small_side {cfg.small_side} must be at most --G {cfg.G}, and its board "
                       f"must hold {cfg.O} colours and the agent")
     if cfg.layer > cfg.layers:
         raise Refused(f"--layer {cfg.layer} does not exist: the model has layers 0 to "
