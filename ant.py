@@ -929,7 +929,7 @@ class Ant:
     @staticmethod
     def source(run, clean):
         recorded = Demonstrations(run, "clean" if clean else "noisy", expert(run))
-        return lambda rng, n, side: recorded[rng.integers(HELD_OUT, run.cfg.demonstrations, n)]
+        return lambda rng, n: recorded[rng.integers(HELD_OUT, run.cfg.demonstrations, n)]
 
     @staticmethod
     def examination(run, clean):

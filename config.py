@@ -64,8 +64,7 @@ class Config:
     thin: float = option(0., "base", "share of each stage's steps that see thinned episodes", "ant")
     thin_batch: int = option(128, "base", "episodes per step while they are thinned", "ant")
     turn: bool = option(False, "base", "turn or reflect the base's episodes", "ant")
-    small: float = option(0., "base", "share of each stage's steps on smaller boards", "point")
-    small_side: int = option(5, "base", "side of those smaller boards", "point")
+    start: str = option("", "base", "preset of a smaller board: begin with its weights", "point")
     base_join: float = option(0., "base", "share of the base's episodes that follow another one")
     warmup: int = option(0, "base", "steps of linear warm-up, in every supervised stage")
     decay: float = option(0., "base", "last share of every supervised stage: rate falls to 0")
@@ -145,15 +144,18 @@ DEPENDS = {"walker": ("walker",), "base": _BASE, "control": (*_BASE, "split", "c
            "raw": (*_BASE, "rl", "raw")}
 # Fields of earlier versions that changed what a checkpoint learns, and what is done today.
 GONE = {"compass": False}
+# What a checkpoint must share with one that begins with its weights (--start).
+SIZES = ("O", "relative", "width", "layers", "heads", "hidden", "buckets", "mixer", "layer", "gate",
+         "n_z", "n_h", "n_s", "switch_hidden", "encoder_hidden", "meta_rank", "decoder_hidden")
 STEPS = {"walker": "walker_updates", "base": "base_steps", "control": "control_steps",
          "meta": "meta_steps", "policy": "rl_updates", "raw": "rl_updates"}
 CHOICES = {"gate": ("soft", "gumbel"), "mixer": ("attention", "hawk"),
            "dtype": ("auto", "float32", "bfloat16"), "device": ("auto", "cpu", "cuda")}
 MAY_BE_ZERO = ("W", "layer", "splice", "hold", "join", "base_join", "lam", "eps", "alpha",
                "alpha_start", "alpha_ramp", "alpha_b", "release", "rank", "meta_rank", "warmup",
-               "decay", "small", "save_seconds", "seed", "threads", "thin", "forget", "keep",
-               "base_wd", "control_wd", "meta_wd", "meta_seed")
-SHARES = ("decay", "small", "splice", "hold", "join", "base_join", "thin", "forget", "keep")
+               "decay", "save_seconds", "seed", "threads", "thin", "forget", "keep", "base_wd",
+               "control_wd", "meta_wd", "meta_seed")
+SHARES = ("decay", "splice", "hold", "join", "base_join", "thin", "forget", "keep")
 
 
 # --------------------------------------------------------------------------------------- 2. presets
@@ -300,9 +302,10 @@ def check(cfg, preset):
         if parallel.count() > 1 and used and getattr(cfg, name) % pairs:
             raise Refused(f"--{name} {getattr(cfg, name)} can't be shared by {parallel.count()} "
                           f"processes: it must be a multiple of {pairs}")
-    if cfg.small and (cfg.small_side > cfg.G or cfg.small_side ** 2 <= cfg.O):
-        raise Refused(f"--small_side {cfg.small_side} must be at most --G {cfg.G}, and its board "
-                      f"must hold {cfg.O} colours and the agent")
+    if cfg.start and cfg.start not in PRESETS:
+        raise Refused(f"--start must be one of {', '.join(PRESETS)}, not '{cfg.start}'")
+    if cfg.start and not cfg.relative:
+        raise Refused("--start needs --relative True: cells of another board mean other places")
     if cfg.layer > cfg.layers:
         raise Refused(f"--layer {cfg.layer} does not exist: the model has layers 0 to "
                       f"{cfg.layers}")
@@ -320,8 +323,7 @@ def check(cfg, preset):
     try:
         # On the grid, whatever the body: what can't be finished there can't be walked either.
         grid = dataclasses.replace(world_of(cfg), body="point")
-        for side in (0, cfg.small_side) if cfg.small else (0,):
-            generate(grid, np.random.default_rng(0), 8, cfg.eps, side=side)
+        generate(grid, np.random.default_rng(0), 8, cfg.eps)
     except ValueError as error:
         raise Refused(str(error)) from None
 

@@ -155,23 +155,11 @@ class World:
 
 # -------------------------------------------------------------------------- 2. the rules, as tables
 
-def sample_layouts(world, rng, n, side=0):
+def sample_layouts(world, rng, n):
     """n initial states: colours, walls and agent on distinct random cells (A.1.1). Returns things
-    (n, O+W) and agent (n,), int64. `rng` is a numpy Generator.
-
-    side: NOT in paper. Not 0: colours and agent share a random square of that side, and no wall
-    stands in it unless the walls fit nowhere else: a smaller board, seen as one of this world.
-    """
-    chance = rng.random((n, world.cells))  # (n, C)
-    if not side:
-        order = chance.argsort(axis=1)  # (n, C): a random permutation each
-        return order[:, :world.K - 1], order[:, world.K - 1]
-    place = np.stack(np.divmod(np.arange(world.cells), world.G))  # (2, C): row and column
-    corner = rng.integers(world.G - side + 1, size=(n, 2, 1))
-    outside = ((place < corner) | (place >= corner + side)).any(axis=1)  # (n, C)
-    order = (chance + outside).argsort(axis=1)  # (n, C): the square's cells come first
-    walls = order[:, world.cells - world.W:]
-    return np.concatenate([order[:, :world.O], walls], axis=1), order[:, world.O]
+    (n, O+W) and agent (n,), int64. `rng` is a numpy Generator."""
+    order = rng.random((n, world.cells)).argsort(axis=1)  # (n, C): a random permutation each
+    return order[:, :world.K - 1], order[:, world.K - 1]
 
 
 def neighbour_table(G):
@@ -583,13 +571,12 @@ class NoExperts(ValueError):
     """In this world experts hardly ever finish a task."""
 
 
-def generate(world, rng, n, eps=0., expert=None, portion=8192, side=0):
+def generate(world, rng, n, eps=0., expert=None, portion=8192):
     """n successful expert episodes on uniformly drawn pretraining tasks (C.1.1: failed ones are
     dropped).
 
     eps: share of random actions of the grid's expert; expert: another one, `expert(world, dist,
-    rng, stuck) -> act`; portion: how many are played at once at most, which bounds the memory;
-    side: of the smaller board that they are played on, if it is not 0 (sample_layouts).
+    rng, stuck) -> act`; portion: how many are played at once at most, which bounds the memory.
     NoExperts if fewer than one in a thousand succeeds.
     """
     parts = []
@@ -597,7 +584,7 @@ def generate(world, rng, n, eps=0., expert=None, portion=8192, side=0):
     tasks = world.tasks
     while have < n:
         m = min(max(256, int((n - have) * 1.1)), portion)
-        things, agent = sample_layouts(world, rng, m, side)
+        things, agent = sample_layouts(world, rng, m)
         dist = distances(world, things)
         stuck = np.zeros(m, bool)
         act = (grid_expert(world, dist, rng, stuck, eps) if expert is None

@@ -1,7 +1,8 @@
 """The grid's side of the stages, as ant.py is the ant's: the ends of the base model that belong to
 this world, and what the stages ask of it.
 
-  1. ObsEmbedding   the observation's look-up; grid_parts: embedding and heads
+  1. ObsEmbedding   the observation's look-up; widened: of a smaller board; grid_parts: embedding
+                    and heads
   2. Grid           views, episodes, exact bounds, pictures: an entry of train.BODIES
 
 Paper sections: A.1, C.1.1. Glossary: as in envs.py and model.py; run, a runs.Run: the
@@ -57,6 +58,16 @@ class ObsEmbedding(nn.Module):
         return self.bag(rows).view(B, T, -1) + self.bias  # (B*T, D) -> (B, T, D)
 
 
+def widened(rows, theirs, G, side):
+    """The rows (kinds * (2G-1)^2, D) of a relative ObsEmbedding, with `theirs`, those of a smaller
+    board of that side, where it has the thing and the displacement."""
+    rows = rows.unflatten(0, (-1, 2 * G - 1, 2 * G - 1)).clone()  # (kinds, 2G-1, 2G-1, D)
+    theirs = theirs.unflatten(0, (-1, 2 * side - 1, 2 * side - 1))
+    near = slice(G - side, G + side - 1)
+    rows[:len(theirs), near, near] = theirs
+    return rows.flatten(0, 2)
+
+
 def grid_parts(world, relative):
     """The ends of a SequenceModel that belong to its world, functions of the width: embedding,
     action head, observation head. ant.ant_parts are those of the ant."""
@@ -95,10 +106,9 @@ class Grid:
 
     @staticmethod
     def source(run, clean):
-        """`draw(rng, n, side) -> Trajectories`: n expert episodes to train on; side: as in
-        envs.sample_layouts."""
+        """`draw(rng, n) -> Trajectories`: n expert episodes to train on."""
         eps = 0. if clean else run.cfg.eps
-        return lambda rng, n, side: generate(world_of(run.cfg), rng, n, eps, side=side)
+        return lambda rng, n: generate(world_of(run.cfg), rng, n, eps)
 
     @staticmethod
     def examination(run, clean):

@@ -52,6 +52,7 @@ from analysis import (
 from config import (
     DEPENDS,
     PRESETS,
+    SIZES,
     Config,
     Parser,
     Refused,
@@ -60,7 +61,7 @@ from config import (
     configured,
     world_of,
 )
-from grid import Grid
+from grid import Grid, widened
 from internal_rl import Policy, internal_episodes, internal_rl_step, play, raw_rl_step
 from metacontroller import BETA_THRESHOLD, CompILE, Decoder, Metacontroller, discovery_terms
 from model import SequenceModel, pretraining_loss
@@ -117,27 +118,24 @@ def batches(run, purpose, size, clean, first, last, keep=.1, seed=None):
     seed: of the batches; None: the run's.
     clean: demonstrations of the clean expert (C.4.4). The first share `thin` of the steps gets
     episodes cut by ant.thinned, its share growing to `keep`: a goal is found out the sooner, the
-    fewer steps it has to be remembered for. The grid's first share `small` of the steps gets
-    episodes on smaller boards: where colours lie close, their order is found out sooner.
+    fewer steps it has to be remembered for.
     Any step can be the first: what it contains depends on (seed, purpose, step) alone, and, with
-    `thin` or `small`, on last and keep. NOT in paper: with batches of similar length and losses
-    averaged over a batch's steps, a step in a batch of short episodes weighs more than one in a
-    batch of long ones. The logged NLLs are plain averages over the steps of unsorted test episodes.
+    `thin`, on last and keep. NOT in paper: with batches of similar length and losses averaged over
+    a batch's steps, a step in a batch of short episodes weighs more than one in a batch of long
+    ones. The logged NLLs are plain averages over the steps of unsorted test episodes.
     """
     cfg, body = run.cfg, BODIES[run.cfg.body]
     seed = cfg.seed if seed is None else seed
     draw = body.source(run, clean)
-    thin, small = thin_steps(cfg, last), round(cfg.small * last)
-    early = max(thin, small)  # one is 0: thin is the ant's, small the grid's
-    phases = ((cfg.thin_batch if thin else size, cfg.small_side, first, early),
-              (size, 0, max(first, early), last))
-    for n, side, begin, end in phases:
+    thin = thin_steps(cfg, last)
+    phases = ((cfg.thin_batch, first, thin), (size, max(first, thin), last))
+    for n, begin, end in phases:
         if begin >= end:
             continue
 
-        def drawn(chunk, n=n, side=side):  # in a worker, where there are any; n=n: this phase's
+        def drawn(chunk, n=n):  # in a worker, where there are any; n=n: this phase's
             rng = seed_everything(seed, purpose, chunk)
-            data = draw(rng, CHUNK * n, side)
+            data = draw(rng, CHUNK * n)
             # (CHUNK * n,) -> (CHUNK, n)
             by_length = data.length.argsort(kind="stable").reshape(CHUNK, n)
             return [data[rows] for rows in by_length[rng.permutation(CHUNK)]]
@@ -307,6 +305,40 @@ def new_metacontroller(run, base):
     return meta.to(run.device)
 
 
+def inheritance(run, name):
+    """Checkpoint `name` of the preset that --start names, in the same --out and of the same seed,
+    for weights to begin with: (its weights, its side of the board). Refused unless it has ended, is
+    one of this network, and its board is no larger."""
+    cfg, path = run.cfg, run.folder.parent.parent / run.cfg.start / run.folder.name / f"{name}.pt"
+    if not path.exists():
+        raise Refused(f"--start {cfg.start}: there is no {path}; train it first")
+    saved = load_checkpoint(path)
+    theirs = saved["fingerprint"]
+    other = [f"{key}={theirs[key]}" for key in SIZES
+             if key in theirs and theirs[key] != getattr(cfg, key)]
+    other += [f"{key}={theirs[key]}" for key in ("G", "W") if theirs[key] > getattr(cfg, key)]
+    if other or not saved["done"]:
+        raise Refused(f"--start {cfg.start}: {path} " + (f"has {other[0]}, which does not fit here"
+                                                         if other else "is not finished"))
+    return saved["model"], theirs["G"]
+
+
+def inherit(run, training):
+    """Let a training that has not begun do so with the weights of a smaller board. NOT in paper:
+    the co-trained codes of A.1 name its pairs if they did on one (docs/results.md). What a smaller
+    board has not is new: more walls, greater displacements, the observation head."""
+    if not run.cfg.start or training.first:
+        return
+    weights, side = inheritance(run, training.name)
+    mine = training.model.state_dict()
+    for key, value in weights.items():
+        if key.endswith("bag.weight"):
+            mine[key] = widened(mine[key], value.to(run.device), run.cfg.G, side)
+        elif "obs_head" not in key:
+            mine[key] = value
+    training.model.load_state_dict(mine)
+
+
 # ------------------------------------------------------------------------------------ 4. the stages
 
 def pretrain(run):
@@ -322,6 +354,7 @@ def pretrain(run):
     training = Training(run, "base", base, adamw(base.parameters(), cfg.base_lr, cfg.base_wd),
                         parent)
     if not training.done:
+        inherit(run, training)
         data, bounds = body.examination(run, clean=False)
         test = tensors(run, data)
         thin = thin_steps(cfg, cfg.base_steps)
@@ -455,6 +488,7 @@ def discover(run):
     optimizer = adamw(learner.parameters(), cfg.meta_lr, cfg.meta_wd)
     training = Training(run, "meta" + suffix(run), learner, optimizer, parent)
     if not training.done:
+        inherit(run, training)
         data, bounds = body.examination(run, clean=True)
         test = tensors(run, data)
 
@@ -733,6 +767,9 @@ def prepare(run, preset, stage, stale):
     for name in run.names:
         if name not in stale:
             read_checkpoint(run, name)  # before anything is deleted, not after an hour
+        begins = name in stale or not (run.folder / f"{name}.pt").exists()
+        if run.cfg.start and begins and name.startswith(("base", "meta")):
+            inheritance(run, name)
     for name in stale:
         for kind in ("pt", "jsonl"):
             (run.folder / f"{name}.{kind}").unlink(missing_ok=True)

@@ -122,25 +122,6 @@ def test_layouts_do_not_overlap_and_cover_the_grid():
     assert np.abs(np.bincount(agent, minlength=25) / 4000 - 1 / 25).max() < 0.015
 
 
-@pytest.mark.parametrize("world, side", [(PAPER, 5), (PAPER, 3), (World(G=4, W=7), 4)])
-def test_a_smaller_board_is_a_square_of_this_one(world, side):
-    """Colours and agent lie in it, anywhere; the walls only where nothing else has a place."""
-    things, agent = sample_layouts(world, rng(), 3000, side)
-    cells = np.concatenate([things, agent[:, None]], axis=1)
-    assert (np.diff(np.sort(cells, axis=1)) > 0).all()
-    colours = np.concatenate([things[:, : world.O], agent[:, None]], axis=1)
-    low, high = (end(np.divmod(colours, world.G), axis=2) for end in (np.min, np.max))  # (2, N)
-    assert (high - low).max() == side - 1
-    assert low.min() == 0 and high.max() == world.G - 1
-    row, column = np.divmod(things[:, world.O :], world.G)  # (N, W)
-    wholly = (high - low == side - 1).all(0)[:, None]  # where the square is known
-    inside = (row >= low[0, :, None]) & (row <= high[0, :, None]) & wholly
-    inside &= (column >= low[1, :, None]) & (column <= high[1, :, None])
-    assert wholly.any() and inside.any() == (side == world.G)
-    each = np.bincount(agent, minlength=world.cells) / len(agent)
-    assert each.min() > 0 and each.max() < 3 / side**2
-
-
 @pytest.mark.parametrize("world", [PAPER, ERRANDS, World(G=3, O=3, W=1, T=9, task_set="tiny")])
 def test_batched_worlds_equal_single_and_naive_ones(world):
     n = 60

@@ -212,8 +212,6 @@ WRONG = {
     "a colour twice in a row": (["--post_task", "0-0"], "twice"),
     "eps of one": (["--eps", "1.0"], "eps"),
     "a hold that holds nothing": (["--hold", ".5", "--alpha_start", "9", "--release", "9"], "hold"),
-    "a smaller board that is larger": (["--small", ".5"], "--small_side 5"),
-    "a smaller board too small": (["--small", ".5", "--small_side", "1"], "--small_side 1"),
     "no such device": (["--device", "tpu"], "device"),
 }
 
@@ -571,8 +569,8 @@ def test_rivals_have_files_of_their_own(finished, tmp_path, capsys):
 
 def test_any_step_can_be_the_first(tmp_path):
     """What a step trains on depends on (seed, stage, step) alone: the root of resuming bit for
-    bit. The first steps are on smaller boards."""
-    cfg = train.dataclasses.replace(train.PRESETS["smoke"], small=0.6, small_side=2)
+    bit."""
+    cfg = train.PRESETS["smoke"]
     run = train.Run(cfg, "smoke", tmp_path)
 
     def steps(first):
@@ -584,9 +582,50 @@ def test_any_step_can_be_the_first(tmp_path):
     whole, part = steps(0), steps(37)
     assert sorted(whole) == list(range(70)) and sorted(part) == list(range(37, 70))
     assert all(torch.equal(a, b) for step in part for a, b in zip(whole[step], part[step]))
-    places = [np.stack(np.divmod(obs[:, 0].numpy(), 3)) for obs, _ in whole.values()]
-    wide = [np.ptp(place, axis=-1).max() for place in places]
-    assert wide == [1] * 42 + [2] * 28
+
+
+def test_weights_of_a_smaller_board_are_begun_with(finished, tmp_path, capsys, monkeypatch):
+    """What it has is taken over, by displacement; what it has not is new. Whatever does not fit is
+    refused before any work."""
+    copied(finished, tmp_path)
+    cfg = train.dataclasses.replace(train.PRESETS["smoke"], G=4, W=1, start="smoke")
+    monkeypatch.setitem(train.PRESETS, "wide", cfg)
+    monkeypatch.setitem(train.PRESETS, "narrow", train.dataclasses.replace(cfg, G=3, start="wide"))
+    still = "--base_steps 1 --meta_steps 1 --base_lr 1e-12 --meta_lr 1e-12 --threads 1".split()
+    line = ["--stage", "discover", "--out", str(tmp_path / "runs"), "--preset"]
+    assert train.main([*line, "wide", *still]) == 0
+    for name in ("base", "meta"):
+        old = weights(tmp_path / "runs", name)
+        path = tmp_path / "runs" / "wide" / "seed0" / f"{name}.pt"
+        new = torch.load(path, weights_only=True)["model"]
+        assert old.keys() == new.keys()
+        for key in old:
+            if "bag.weight" not in key and "obs_head" not in key:
+                assert torch.allclose(old[key], new[key], atol=1e-7), key
+    small, wide = (train.Grid.parts(config.world_of(one), True)[0](32) for one in (
+        train.PRESETS["smoke"], cfg))
+    base = weights(tmp_path / "runs", "base")
+    new = torch.load(tmp_path / "runs" / "wide" / "seed0" / "base.pt", weights_only=True)["model"]
+    for model, state in ((small, base), (wide, new)):
+        model.load_state_dict({key.removeprefix("embed."): value for key, value in state.items()
+                               if key.startswith("embed.")})
+    obs = torch.stack([torch.randperm(9)[:4] for _ in range(50)])[:, None]  # (50, 1, K)
+    place = obs // 3 * 4 + obs % 3 + 5  # one down, one to the right
+    wall = torch.zeros_like(place[..., :1])
+    there = torch.cat([place[..., :3], wall, place[..., 3:]], dim=-1)
+    wide.bag.weight.data.view(4, 49, 32)[3] = 0  # but for the wall, which is new,
+    assert torch.allclose(small(obs), wide(there), atol=1e-6)  # it sees the same
+    for preset, flags, word in (
+        ("wide", ["--width", "64"], "width=32"),
+        ("narrow", [], "G=4"),
+        ("wide", ["--start", "grid-small"], "there is no"),
+        ("wide", ["--seed", "1"], "there is no"),
+        ("wide", ["--start", "huge"], "huge"),
+        ("wide", ["--relative", "False"], "relative"),
+    ):
+        out = ["--stage", "pretrain", "--fresh", "--out", str(tmp_path / "runs")]
+        assert word in refused([*out, "--preset", preset, *flags], capsys)
+    assert train.finished(train.open_run(tmp_path / "runs" / "wide" / "seed0", "meta"), "meta")
 
 
 def test_batches_waste_little_on_padding_and_leave_nothing_out():
