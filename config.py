@@ -107,6 +107,7 @@ class Config:
 
     # Not in "world": base, controllers and metacontroller serve every post-training task.
     post_task: str = option("", "rl", "task of RL, such as 0-1-2; empty: the task set's own")
+    grow: int = option(0, "rl", "updates with each of the task's beginnings, before the whole")
     rl_batch: int = option(1024, "rl", "episodes per update")
     rl_epochs: int = option(1, "rl", "clipped steps per batch of episodes")
     policy_width: int = option(256, "policy", "width of the policy's Hawk layer")
@@ -152,9 +153,9 @@ STEPS = {"walker": "walker_updates", "base": "base_steps", "control": "control_s
 CHOICES = {"gate": ("soft", "gumbel"), "mixer": ("attention", "hawk"),
            "dtype": ("auto", "float32", "bfloat16"), "device": ("auto", "cpu", "cuda")}
 MAY_BE_ZERO = ("W", "layer", "splice", "hold", "join", "base_join", "lam", "eps", "alpha",
-               "alpha_start", "alpha_ramp", "alpha_b", "release", "rank", "meta_rank", "warmup",
-               "decay", "save_seconds", "seed", "threads", "thin", "forget", "keep", "base_wd",
-               "control_wd", "meta_wd", "meta_seed")
+               "alpha_start", "alpha_ramp", "alpha_b", "release", "grow", "rank", "meta_rank",
+               "warmup", "decay", "save_seconds", "seed", "threads", "thin", "forget", "keep",
+               "base_wd", "control_wd", "meta_wd", "meta_seed")
 SHARES = ("decay", "splice", "hold", "join", "base_join", "thin", "forget", "keep")
 
 

@@ -535,10 +535,20 @@ def discover(run):
     return base, meta
 
 
+def lesson(cfg, world, step):
+    """The world of RL's update `step`. NOT in paper, where the whole task alone is rewarded: with
+    --grow, at first its first subgoal is all of the task, `grow` updates later its first two."""
+    if not cfg.grow:
+        return world
+    task = world.post_task
+    colours = sum(before <= step // cfg.grow for _, before in world.subgoal_of(task))
+    return dataclasses.replace(world, post="-".join(map(str, task[:colours])))
+
+
 def reinforce(run, name, model, optimizer, update, trial, parent):
-    """The loop of both kinds of RL. update(rng) plays a batch and learns from it; trial(rng) plays
-    without learning, on layouts that are the same for both kinds: (Trajectories, success, gates or
-    None).
+    """The loop of both kinds of RL. update(world, rng) plays a batch of its post-training task and
+    learns from it; trial(rng) plays the whole task without learning, on layouts that are the same
+    for both kinds: (Trajectories, success, gates or None).
 
     Log: episodes so far; of the last update success, loss, raw_steps, steps_per_s (environment
     steps a second), abstract_actions (per episode), std (of the policy); eval_success, success of
@@ -549,7 +559,7 @@ def reinforce(run, name, model, optimizer, update, trial, parent):
     if not training.done:
         def learn(step, rng):
             begin = time.perf_counter()
-            happened = update(rng)
+            happened = update(lesson(cfg, world, step), rng)
             seconds = time.perf_counter() - begin
             return happened | {"steps_per_s": happened["raw_steps"] / seconds}
 
@@ -588,7 +598,7 @@ def rl(run):
     groups = [{"params": rest}, {"params": [policy.log_std], "lr": cfg.std_lr}]
     optimizer = adamw(groups, cfg.rl_lr, 0.)
 
-    def update(rng):
+    def update(world, rng):
         return internal_rl_step(base, meta, policy, optimizer, world, rng, cfg.rl_batch,
                                 cfg.rl_epochs)
 
@@ -608,7 +618,7 @@ def raw(run):
     base = copy.deepcopy(parent).requires_grad_(True)
     optimizer = adamw(base.parameters(), cfg.raw_lr, 0.)
 
-    def update(rng):
+    def update(world, rng):
         return raw_rl_step(base, optimizer, world, rng, cfg.rl_batch, cfg.rl_epochs)
 
     def trial(rng):

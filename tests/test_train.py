@@ -638,6 +638,38 @@ def test_batches_waste_little_on_padding_and_leave_nothing_out():
     assert os.path.exists("unused") is False
 
 
+def test_rl_that_grows_learns_the_beginnings_first_and_is_tried_on_the_whole(
+    finished, tmp_path, monkeypatch
+):
+    pairs = config.World()
+    cfg = train.dataclasses.replace(train.PRESETS["grid-pairs"], grow=3)
+    lengths = [len(train.lesson(cfg, pairs, step).post_task) for step in range(20)]
+    assert lengths == [2, 2, 2, 4, 4, 4, 6, 6, 6, 8, 8, 8, 10, 10, 10, 12, 12, 12, 12, 12]
+    assert train.lesson(cfg, pairs, 4).post_task == pairs.post_task[:4]
+    assert train.lesson(train.PRESETS["grid-pairs"], pairs, 0) == pairs
+
+    folder, learned, tried = copied(finished, tmp_path), [], []
+    genuine = {name: getattr(train, name) for name in ("internal_rl_step", "internal_episodes")}
+
+    def step(base, meta, policy, optimizer, world, *rest):
+        learned.append(world.post_task)
+        return genuine["internal_rl_step"](base, meta, policy, optimizer, world, *rest)
+
+    def episodes(base, meta, world, *rest):
+        tried.append(world.post_task)
+        return genuine["internal_episodes"](base, meta, world, *rest)
+
+    monkeypatch.setattr(train, "internal_rl_step", step)
+    monkeypatch.setattr(train, "internal_episodes", episodes)
+    (folder / "policy.pt").unlink()
+    line = [*TINY, "--out", str(tmp_path / "runs"), "--grow", "2", "--rl_updates"]
+    for updates in ("3", "6"):  # extended in the middle of the second beginning
+        run = train.parse([*line, updates])[0]
+        train.rl(run)
+    assert learned == [(0,)] * 2 + [(0, 2)] * 2 + [(0, 2, 1)] * 2
+    assert set(tried) == {(0, 2, 1)}
+
+
 def test_evaluation_and_figures_train_nothing(finished, tmp_path, capsys):
     """RL that was given fewer updates than the preset asks for is finished all the same."""
     import figures
