@@ -591,8 +591,8 @@ def test_weights_of_a_smaller_board_are_begun_with(finished, tmp_path, capsys, m
     cfg = train.dataclasses.replace(train.PRESETS["smoke"], G=4, W=1, start="smoke")
     monkeypatch.setitem(train.PRESETS, "wide", cfg)
     monkeypatch.setitem(train.PRESETS, "narrow", train.dataclasses.replace(cfg, G=3, start="wide"))
-    still = "--base_steps 1 --meta_steps 1 --base_lr 1e-12 --meta_lr 1e-12 --threads 1".split()
-    line = ["--stage", "discover", "--out", str(tmp_path / "runs"), "--preset"]
+    still = "--base_steps 1 --meta_steps 1 --base_lr 1e-12 --meta_lr 1e-12 --dtype float32".split()
+    line = ["--stage", "discover", "--threads", "1", "--out", str(tmp_path / "runs"), "--preset"]
     assert train.main([*line, "wide", *still]) == 0
     for name in ("base", "meta"):
         old = weights(tmp_path / "runs", name)
