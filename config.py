@@ -147,7 +147,8 @@ DEPENDS = {"walker": ("walker",), "base": _BASE, "control": (*_BASE, "split", "c
 GONE = {"compass": False}
 # What a checkpoint must share with one that begins with its weights (--start).
 SIZES = ("body", "O", "relative", "width", "layers", "heads", "hidden", "buckets", "mixer", "layer",
-         "gate", "n_z", "n_h", "n_s", "switch_hidden", "encoder_hidden", "meta_rank", "decoder_hidden")
+         "gate", "n_z", "n_h", "n_s", "switch_hidden", "encoder_hidden", "meta_rank",
+         "decoder_hidden")
 STEPS = {"walker": "walker_updates", "base": "base_steps", "control": "control_steps",
          "meta": "meta_steps", "policy": "rl_updates", "raw": "rl_updates"}
 CHOICES = {"gate": ("soft", "gumbel"), "mixer": ("attention", "hawk"),

@@ -11,7 +11,8 @@ A stage whose input is missing trains it first, or takes it from assets/ if it i
 --fresh); a finished one is reused; an interrupted one goes on where it was, bit for bit (runs.py).
 `--rival forced`: beta = 1 from stage 2 on (C.4.1); `cotrain`: base and metacontroller together on
 the loss of stage 2 (C.4.2); `compile`: CompILE in the metacontroller's place (C.4.3); `raw`:
-raw-action RL alone (C.5.3).
+raw-action RL alone (C.5.3). Not in the paper: `--start PRESET`, base and metacontroller begin with
+the weights of a smaller board's; `--grow N`, RL learns the task's beginnings first.
 
 Bottom-up: 1. episodes and batches   2. views: what is steered   3. what every stage uses
 4. the stages   5. the command line. What can be set, and the presets: config.py
