@@ -14,7 +14,6 @@ import runs
 import train
 from envs import World
 from experiments import Probes, all_streams, unseen_legs
-from results import write_results
 
 
 @pytest.fixture(scope="module")
@@ -215,11 +214,18 @@ def test_the_ant_is_refused(capsys, tmp_path):
 
 
 def test_the_figures_are_drawn_from_the_results_alone(run, tmp_path, monkeypatch):
+    out = run.folder.parent
     (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "smoke").symlink_to(run.folder.parent)
-    write_results([tmp_path / "runs" / "smoke" / "seed0"], "smoke", tmp_path)
+    (tmp_path / "runs" / "smoke").symlink_to(out)
+    assert (
+        figures.main(["--preset", "smoke", "--out", str(tmp_path / "runs"), "--to", str(tmp_path)])
+        == 0
+    )
     drawn = [tmp_path / "smoke" / f"{name}.png" for name in (
         "probes", "layers", "gates", "codes", "transplant")]
+    assert all(path.exists() for path in drawn)
+    for path in drawn:
+        path.unlink()
     monkeypatch.setattr(figures, "ASSETS", tmp_path)  # results.json, and no runs
     line = ["--preset", "smoke", "--out", str(tmp_path / "none"), "--to", str(tmp_path)]
     assert figures.main(line) == 0 and all(path.exists() for path in drawn)
