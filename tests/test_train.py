@@ -535,7 +535,7 @@ def test_a_checkpoint_made_with_an_option_that_is_gone_is_refused(tmp_path):
 
 def test_rivals_have_files_of_their_own(finished, tmp_path, capsys):
     folder = copied(finished, tmp_path)
-    line = [*TINY, "--out", str(tmp_path / "runs"), "--rival"]
+    line = [*TINY, "--rl_updates", "3", "--out", str(tmp_path / "runs"), "--rival"]
     assert train.main([*line, "forced"]) == 0 and "forced switching" in capsys.readouterr().out
     assert (folder / "meta-forced.pt").exists() and (folder / "policy-forced.pt").exists()
     last = runs.read_log(folder, "policy-forced")[-1]
@@ -699,9 +699,8 @@ def test_evaluation_and_figures_train_nothing(finished, tmp_path, capsys):
 
 def test_an_old_evaluation_does_not_outlive_the_weights_it_speaks_of(finished, tmp_path):
     folder = copied(finished, tmp_path)
-    assert (
-        train.main([*TINY, "--stage", "discover", "--fresh", "--out", str(tmp_path / "runs")]) == 0
-    )
+    few = ["--meta_steps", "5", "--out", str(tmp_path / "runs")]
+    assert train.main([*TINY, "--stage", "discover", "--fresh", *few]) == 0
     assert not (folder / "eval.json").exists()
 
 
