@@ -50,7 +50,7 @@ class Config:
 
     width: int = option(256, "base", "D, width of the residual stream")
     layers: int = option(6, "base", "L, number of blocks")
-    heads: int = option(4, "base", "attention heads")
+    heads: int = option(4, "base", "heads of attention or of Hawk")
     hidden: int = option(512, "base", "hidden units of a block's MLP")
     buckets: int = option(32, "base", "buckets of the relative position bias")
     mixer: str = option("attention", "base", "sequence mixer of the base: attention or hawk")
@@ -64,7 +64,7 @@ class Config:
     thin: float = option(0., "base", "share of each stage's steps that see thinned episodes", "ant")
     thin_batch: int = option(128, "base", "episodes per step while they are thinned", "ant")
     turn: bool = option(False, "base", "turn or reflect the base's episodes", "ant")
-    start: str = option("", "base", "preset of a smaller board: begin with its weights", "point")
+    start: str = option("", "base", "preset of a board no larger: begin with its weights", "point")
     base_join: float = option(0., "base", "share of the base's episodes that follow another one")
     warmup: int = option(0, "base", "steps of linear warm-up, in every supervised stage")
     decay: float = option(0., "base", "last share of every supervised stage: rate falls to 0")
@@ -285,6 +285,8 @@ def check(cfg, preset):
         if getattr(cfg, name) not in choices:
             raise Refused(f"--{name} must be one of {', '.join(choices)}, "
                           f"not '{getattr(cfg, name)}'")
+    if cfg.rl_batch < 2:
+        raise Refused("--rl_batch must be at least 2: an episode is compared with the others")
     for name in SHARES:
         if getattr(cfg, name) > 1:
             raise Refused(f"--{name} is a share, at most 1, and is {getattr(cfg, name)}")
@@ -313,6 +315,9 @@ def check(cfg, preset):
                       f"{cfg.layers}")
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise Refused("--device cuda was asked for, but PyTorch sees no CUDA device here")
+    mine, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if cfg.device != "cpu" and torch.cuda.is_available() and mine > gpus:
+        raise Refused(f"{mine} processes need as many GPUs, and there are {gpus}")
     memory = machine_memory()
     if memory_needed(cfg) > memory:
         changed = [f.name for f in fields(cfg) if getattr(cfg, f.name) != getattr(preset, f.name)]

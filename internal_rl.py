@@ -59,9 +59,9 @@ class Player:
     `steer(e, state, worlds, rows) -> e` changes the stream e (n, D) of the episodes `rows` (n,)
     before the upper blocks see it. `state` is its memory; like the caches it follows the episodes
     when finished ones are dropped. All recurrent memory lives through the whole
-    episode: nothing is reset at a switch (Algorithm 1). Costs one pass of the base per raw step,
-    and attention over all steps before: T^2 an episode; the caches hold 2 D numbers per step, block
-    and episode.
+    episode: nothing is reset at a switch (Algorithm 1). Costs one pass of the base per raw step;
+    with attention one over all steps before, T^2 an episode, and caches of 2 D numbers per step,
+    block and episode.
     After the game, `logp` (N, T) holds ln p(a_t) of the actions taken.
     """
 
@@ -69,7 +69,7 @@ class Player:
         self.base, self.n, self.rng = base, n, rng
         self.steer, self.state = steer, state or {}
         self.device = base.norm.weight.device
-        self.caches = base.init_cache(n, T, self.device)
+        self.caches = base.init_cache(n, T)
         self.rows = np.arange(n)
         self.t = 0
         self.logp = torch.zeros(n, T, device=self.device)

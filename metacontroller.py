@@ -266,9 +266,9 @@ class CompILE(nn.Module):
         begin = (t == 0).float().expand(B, -1)  # (B, T+1)
         embedded, z, beta, kl_steps = self.encoder.embed(obs), 0., 0., 0.
         for i in range(self.segments):
-            begun = begin.cumsum(1)  # (B, T+1): does t lie behind the segment's beginning?
+            begun = begin.cumsum(1)  # (B, T+1): has the segment begun at t?
             e = self.encoder.through(0, self.encoder.layer, embedded * begun[..., None])
-            # An end lies behind the beginning, and is no later than the last observation.
+            # An end comes after the beginning, and is no later than the last observation.
             possible = F.pad(begun[:, :-1], (1, 0)) + end
             logits = self.end(e)[..., 0].float() + possible.clamp(1e-8, 1).log()  # (B, T+1)
             logits = logits.masked_fill(t > last, -1e4)

@@ -411,9 +411,6 @@ def choose_device(run):
     cuda = torch.cuda.is_available()
     run.device = torch.device(("cuda" if cuda else "cpu") if cfg.device == "auto" else cfg.device)
     if run.device.type == "cuda":
-        if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
-            raise Refused(f"{os.environ['LOCAL_WORLD_SIZE']} processes need as many GPUs, and "
-                          f"there are {torch.cuda.device_count()}")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         run.workers = torch.get_num_threads()  # a GPU learns faster than one process draws
         run.graphs = cfg.graphs and cfg.body == "point" and parallel.count() == 1

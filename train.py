@@ -10,9 +10,10 @@
 A stage whose input is missing trains it first, or takes it from assets/ if it is shipped (not with
 --fresh); a finished one is reused; an interrupted one goes on where it was, bit for bit (runs.py).
 `--rival forced`: beta = 1 from stage 2 on (C.4.1); `cotrain`: base and metacontroller together on
-the loss of stage 2 (C.4.2); `compile`: CompILE in the metacontroller's place (C.4.3); `raw`:
-raw-action RL alone (C.5.3). Not in the paper: `--start PRESET`, base and metacontroller begin with
-the weights of a smaller board's; `--grow N`, RL learns the task's beginnings first.
+the loss of stage 2 (C.4.2); `compile`: CompILE in the metacontroller's place, and a base that is
+trained on with it (C.4.3); `raw`: raw-action RL alone (C.5.3). Not in the paper: `--start PRESET`,
+base and metacontroller begin with those of a board no larger; `--grow N`, RL learns the task's
+beginnings first.
 
 Bottom-up: 1. episodes and batches   2. views: what is steered   3. what every stage uses
 4. the stages   5. the command line. What can be set, and the presets: config.py
@@ -325,7 +326,7 @@ def inheritance(run, name):
 
 
 def inherit(run, training):
-    """Let a training that has not begun do so with the weights of a smaller board. NOT in paper:
+    """Let a training that has not begun do so with the weights of a board no larger. NOT in paper:
     the co-trained codes of A.1 name its pairs if they did on one (docs/results.md). What a smaller
     board has not is new: more walls, greater displacements, the observation head."""
     if not run.cfg.start or training.first:
@@ -551,9 +552,9 @@ def reinforce(run, name, model, optimizer, update, trial, parent):
     learns from it; trial(rng) plays the whole task without learning, on layouts that are the same
     for both kinds: (Trajectories, success, gates or None).
 
-    Log: episodes so far; of the last update success, loss, raw_steps, steps_per_s (environment
-    steps a second), abstract_actions (per episode), std (of the policy); eval_success, success of
-    the trial.
+    Log: episodes so far; of the last update success (with --grow, of the beginning), loss,
+    raw_steps, steps_per_s (environment steps a second), abstract_actions (per episode), std (of the
+    policy); eval_success, success of the trial.
     """
     cfg, world = run.cfg, world_of(run.cfg)
     training = Training(run, name, model, optimizer, parent)
@@ -564,7 +565,7 @@ def reinforce(run, name, model, optimizer, update, trial, parent):
             seconds = time.perf_counter() - begin
             return happened | {"steps_per_s": happened["raw_steps"] / seconds}
 
-        def evaluated(episodes, happened):
+        def report(step, happened):
             data, success, gates = trial(seed_everything(EVAL_SEED, "eval", 2))
             task = "-".join(map(str, world.post_task))
             text = f"task {task}  visited {data.visited(0, world.O)}"
@@ -572,16 +573,14 @@ def reinforce(run, name, model, optimizer, update, trial, parent):
                 text += "  gate " + gate_line(gates[0, :data.length[0]])
             shown = ("episodes", "success", "abstract_actions", "std", "eval_success",
                      "steps_per_s")
-            metrics = {"episodes": episodes, **happened, "eval_success": success.mean().item()}
+            metrics = {"episodes": (step + 1) * cfg.rl_batch, **happened,
+                       "eval_success": success.mean().item()}
             return shown, metrics, (text,)
-
-        def report(step, happened):
-            return evaluated((step + 1) * cfg.rl_batch, happened)
 
         purpose, steps = name.split("-")[0], range(training.first, cfg.rl_updates)
         source = ((k, seed_everything(cfg.seed, purpose, k)) for k in steps)
         # A curve begins at episode 0.
-        training.go(source, learn, report, lambda: evaluated(0, {}))
+        training.go(source, learn, report, lambda: report(-1, {}))
         parallel.wait()  # for the checkpoint
     return frozen(model)
 
@@ -643,7 +642,12 @@ def evaluate(run):
     def alone(model, rng):
         return play(model, world, [world.post_task] * n, rng)[1]
 
-    if not kind and finished(run, "base"):
+    inputs = [name for name in run.names if name in (*body.checkpoints, "base")]
+
+    def ended(*names):  # what rests on unfinished inputs would train these
+        return all(finished(run, name) for name in (*inputs, *names))
+
+    if not kind and ended("base"):
         base, rng = pretrain(run), fresh()
         # Blind success is rare: 20 times as many episodes.
         rate = np.concatenate([alone(base, rng) for _ in range(20)]).mean()
@@ -653,11 +657,11 @@ def evaluate(run):
             rate = control_success(base, control(run), codes, world, fresh(), n)[0]
             rows["control_success"] = "true-subgoal controllers (C.3)", rate
         rows |= body.evaluated(run, n)
-    if finished(run, "meta" + kind):
+    if ended("meta" + kind):
         base, meta = discover(run)
         rate = internal_episodes(base, meta, world, fresh(), n)[1].mean()
         rows["code_success"] = "codes from the prior, before RL", rate
-    if finished(run, "policy" + kind):
+    if ended("meta" + kind, "policy" + kind):
         title = {"": "internal RL", "-forced": "internal RL, forced switching",
                  "-cotrain": "internal RL, co-trained base",
                  "-compile": "internal RL on CompILE"}[kind]
@@ -669,7 +673,7 @@ def evaluate(run):
         for (key, where), opened in zip(wheres.items(), opened_at_arrivals(world, data, env.gates)):
             if len(opened):
                 rows[key] = f"under it the gate opens at an arrival {where}", opened.mean()
-    if not kind and finished(run, "raw"):
+    if not kind and ended("base", "raw"):
         rows["raw_success"] = "raw-action RL", alone(raw(run), fresh()).mean()
     if not rows:
         raise Refused(f"nothing in {run.folder} has been trained to its end: there is nothing to "
@@ -719,8 +723,8 @@ def open_run(folder, name):
 
 
 def parse(argv, complaints=sys.stderr):
-    """Command line -> (Run, stage, rival, names of the checkpoints to delete first). Exits with
-    code 2, in one sentence, on anything that can't work.
+    """Command line -> (Run, stage, rival, names of the checkpoints to delete first). Refuses, in
+    one sentence, anything that can't work.
 
     run.names: what this stage and rival read or write; own: what they may write.
     """
@@ -744,9 +748,13 @@ def parse(argv, complaints=sys.stderr):
     if cfg.gate in ("forced", "compile") or cfg.joint:
         raise Refused("--gate forced, --gate compile and --joint True are what --rival forced, "
                       "--rival compile and --rival cotrain do: use these")
+    if rival in ("forced", "compile") and cfg.gate != preset.gate:
+        raise Refused(f"--gate {cfg.gate} is not the gate of --rival {rival}")
     check(cfg, preset)
     body = BODIES[cfg.body]
     body.check(cfg)
+    if cfg.start == args["preset"]:
+        raise Refused(f"--start {cfg.start}: nothing can begin with its own weights")
     cfg.gate = rival if rival in ("forced", "compile") else cfg.gate
     cfg.joint = rival == "cotrain"
     if stage == "expert" and not body.checkpoints:
@@ -773,13 +781,14 @@ def parse(argv, complaints=sys.stderr):
     return run, stage, rival, tuple(own) if args["fresh"] else ()
 
 
-def prepare(run, preset, stage, stale):
+def prepare(run, preset, stage, rival, stale):
     """Refuse bad files, delete stale ones, take what is shipped, and say what is there."""
+    trained = () if stage == "eval" else ("base",) if rival == "raw" else ("base", "meta")
     for name in run.names:
         if name not in stale:
             read_checkpoint(run, name)  # before anything is deleted, not after an hour
         begins = name in stale or not (run.folder / f"{name}.pt").exists()
-        if run.cfg.start and begins and name.startswith(("base", "meta")):
+        if run.cfg.start and begins and name.split("-")[0] in trained:
             inheritance(run, name)
     for name in stale:
         for kind in ("pt", "jsonl"):
@@ -813,19 +822,20 @@ def main(argv=None):
     try:
         run, stage, rival, stale = parse(argv, complaints)
         if not parallel.rank():
-            prepare(run, PRESETS[run.preset], stage, stale)
+            prepare(run, PRESETS[run.preset], stage, rival, stale)
         parallel.wait()
         choose_device(run)
-        if stage == "rl" and rival == "none":
-            control(run)
-        if stage == "rl" and rival == "raw":
-            raw(run)
+        if stage == "rl":
+            if rival == "none":
+                control(run)
+            if rival != "raw":
+                rl(run)
+            if rival in ("none", "raw"):
+                raw(run)
+            if not parallel.rank():
+                evaluate(run)
         else:
             STAGES[stage](run)
-        if stage == "rl" and rival == "none":
-            raw(run)
-        if stage == "rl" and not parallel.rank():
-            evaluate(run)
     except Refused as refusal:
         print(f"train.py: {refusal}", file=complaints)
         return 2

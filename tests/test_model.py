@@ -115,7 +115,7 @@ def test_cached_steps_equal_the_full_pass(mixer, layer, controlled):
     control = lambda e, t: e + (U[:, t] @ e[..., None])[..., 0]
     e = model.lower(obs)
     full = model.action_logits(control(e, slice(None)))
-    caches = model.init_cache(B, T, "cpu")
+    caches = model.init_cache(B, T)
     with torch.no_grad():
         for t in range(T):
             e_t = model.lower(obs[:, t : t + 1], caches, t)

@@ -213,6 +213,9 @@ WRONG = {
     "eps of one": (["--eps", "1.0"], "eps"),
     "a hold that holds nothing": (["--hold", ".5", "--alpha_start", "9", "--release", "9"], "hold"),
     "no such device": (["--device", "tpu"], "device"),
+    "an episode to compare with none": (["--rl_batch", "1"], "rl_batch"),
+    "weights that begin with themselves": (["--start", "smoke"], "start"),
+    "a gate that the rival replaces": (["--gate", "gumbel", "--rival", "forced"], "gate"),
 }
 
 
@@ -695,6 +698,15 @@ def test_evaluation_and_figures_train_nothing(finished, tmp_path, capsys):
         ["--preset", "smoke", "--stage", "eval", "--out", str(tmp_path / "empty")], capsys
     )
     assert not (tmp_path / "empty").exists()
+
+
+def test_evaluation_does_not_go_on_training_an_input(finished, tmp_path, capsys):
+    """Stopped in a new base, with all that rests on the old one still there."""
+    folder = copied(finished, tmp_path)
+    edited(folder / "base.pt", done=False, step=1)
+    before = (folder / "base.pt").read_bytes()
+    line = [*TINY, "--stage", "eval", "--out", str(tmp_path / "runs")]
+    assert "nothing" in refused(line, capsys) and (folder / "base.pt").read_bytes() == before
 
 
 def test_an_old_evaluation_does_not_outlive_the_weights_it_speaks_of(finished, tmp_path):
