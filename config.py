@@ -308,6 +308,8 @@ def check(cfg, preset):
                           f"processes: it must be a multiple of {pairs}")
     if cfg.start and cfg.start not in PRESETS:
         raise Refused(f"--start must be one of {', '.join(PRESETS)}, not '{cfg.start}'")
+    if PRESETS.get(cfg.start) is preset:
+        raise Refused(f"--start {cfg.start}: nothing can begin with its own weights")
     if cfg.start and not cfg.relative:
         raise Refused("--start needs --relative True: cells of another board mean other places")
     if cfg.layer > cfg.layers:
@@ -316,7 +318,7 @@ def check(cfg, preset):
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise Refused("--device cuda was asked for, but PyTorch sees no CUDA device here")
     mine, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    if cfg.device != "cpu" and torch.cuda.is_available() and mine > gpus:
+    if cfg.device != "cpu" and 0 < gpus < mine:
         raise Refused(f"{mine} processes need as many GPUs, and there are {gpus}")
     memory = machine_memory()
     if memory_needed(cfg) > memory:

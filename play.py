@@ -65,7 +65,7 @@ def main(argv=None):
                           f"--preset {args.preset} --out runs`")
         if args.seed < 0:
             raise Refused(f"--seed must not be negative, and is {args.seed}")
-        if args.gif and Path(args.gif).suffix != ".gif":
+        if args.gif and Path(args.gif).suffix.lower() != ".gif":
             raise Refused(f"--gif writes films that end in .gif, not in {args.gif!r}")
         body, world, data, success, env = episode(folder, args.task, args.seed)
         if args.gif:

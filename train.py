@@ -753,8 +753,6 @@ def parse(argv, complaints=sys.stderr):
     check(cfg, preset)
     body = BODIES[cfg.body]
     body.check(cfg)
-    if cfg.start == args["preset"]:
-        raise Refused(f"--start {cfg.start}: nothing can begin with its own weights")
     cfg.gate = rival if rival in ("forced", "compile") else cfg.gate
     cfg.joint = rival == "cotrain"
     if stage == "expert" and not body.checkpoints:
